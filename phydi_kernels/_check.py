@@ -1,0 +1,59 @@
+"""Checks of arguments, shared by functions, algebras, layers and models."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def check_integer(name: str, value: Any, *, least: int = 1) -> int:
+    """``value`` as an int. TypeError if it is no integer, ValueError below ``least``."""
+    # The exact type first: abstract base classes are slow, and convolutions come here at each call.
+    if type(value) is not int and (isinstance(value, bool) or not isinstance(value, Integral)):
+        raise TypeError(f"{name}={value!r} must be an integer >= {least}, not {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name}={value} must be an integer >= {least}")
+    return int(value)
+
+
+def check_divisible(name: str, value: Any, n: int) -> int:
+    """``value`` as an int >= 1 that n divides."""
+    value = check_integer(name, value)
+    if value % n:
+        raise ValueError(f"{name}={value} is not divisible by n={n}")
+    return value
+
+
+def check_per_dimension(name: str, value: Any, dims: int, *, least: int) -> tuple[int, ...]:
+    """One integer for all spatial dimensions, or one for each, as a tuple."""
+    several = isinstance(value, (tuple, list)) or (isinstance(value, Sequence) and not isinstance(value, str))
+    values = tuple(value) if several else (value,) * dims
+    if len(values) != dims:
+        raise ValueError(f"{name}={value!r} has {len(values)} entries; it must be one integer or {dims} of them")
+    return tuple(check_integer(name, v, least=least) for v in values)
+
+
+def check_padding(padding: Any, stride: Sequence[int], dims: int) -> str | tuple[int, ...]:
+    """``"valid"``, ``"same"`` (stride 1 only), or one integer >= 0 for each dimension."""
+    if not isinstance(padding, str):
+        return check_per_dimension("padding", padding, dims, least=0)
+    if padding not in ("valid", "same"):
+        raise ValueError(f'padding={padding!r} is not one of "valid", "same" or integers >= 0')
+    if padding == "same" and any(s != 1 for s in stride):
+        raise ValueError(f'padding="same" needs stride 1, not {tuple(stride)}')
+    return padding
+
+
+def check_finite(name: str, value: Any) -> float:
+    """``value`` as a float that is neither NaN nor infinite."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}={value!r} must be a finite number, not {type(value).__name__}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name}={value} must be a finite number")
+    return float(value)
