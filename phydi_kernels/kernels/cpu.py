@@ -1,0 +1,82 @@
+"""The compiled CPU kernels: schemas of the ``phydi_cpu`` namespace, and the library that implements them.
+
+Schemas are defined here, so that they exist where the library is missing; the library is loaded at first use.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..plans import Plan
+
+LIBRARY = Path(__file__).resolve().parent.parent / "lib" / "libphydi_kernels.so"
+
+_LIB = torch.library.Library("phydi_cpu", "DEF")
+_LIB.define(
+    "phm_linear(Tensor x, Tensor A, Tensor F, Tensor? bias, Tensor? residual, Tensor? alpha, bool relu, int plan) "
+    "-> Tensor"
+)
+_LIB.define("phm_linear_weight_grad(Tensor grad, Tensor x, Tensor A, Tensor F, int plan) -> (Tensor, Tensor)")
+# H = sum_i A_i (x) F_i for the blocks of H that A selects, and (dA, dF) from the gradient of those blocks.
+_LIB.define("kron_sum(Tensor A, Tensor F) -> Tensor")
+_LIB.define("kron_sum_grad(Tensor G, Tensor A, Tensor F) -> (Tensor, Tensor)")
+# out[b, k, c, i, s] = sum_l A[i, k, l] x[b, c, l, s].
+_LIB.define("mix(Tensor x, Tensor A) -> Tensor")
+# y = residual + alpha * act(y), all of one memory layout.
+_LIB.define("epilogue_(Tensor(a!) y, Tensor? residual, Tensor? alpha, bool relu) -> ()")
+# The instruction set the kernels run with on this machine.
+_LIB.define("isa() -> str")
+
+_OPERATORS = ("phm_linear", "phm_linear_weight_grad", "kron_sum", "kron_sum_grad", "mix", "epilogue_", "isa")
+_phm_linear = torch.ops.phydi_cpu.phm_linear.default
+_phm_linear_weight_grad = torch.ops.phydi_cpu.phm_linear_weight_grad.default
+
+
+def load() -> str:
+    """Loads the library. Returns "" or the reason why it cannot be used."""
+    if not LIBRARY.exists():
+        return f"{LIBRARY.name} was not built (no C++ compiler, or no torch, at installation)"
+    try:
+        torch.ops.load_library(LIBRARY)
+    except OSError as error:
+        return f"{LIBRARY.name} does not load: {error.__cause__ or error}"
+    computed = torch._C._dispatch_has_computed_kernel_for_dispatch_key
+    missing = [name for name in _OPERATORS if not computed(f"phydi_cpu::{name}", "CPU")]
+    if missing:
+        return f"{LIBRARY.name} is of another version, without {', '.join(missing)}; build it again"
+    return ""
+
+
+@functools.cache
+def available() -> bool:
+    """Whether the compiled kernels run. Warns once, with the reason, when they do not."""
+    reason = load()
+    if reason:
+        warnings.warn(
+            f"phydi_kernels: {reason}; the plain PyTorch implementation runs instead, slower. "
+            "See `phydi-kernels info`.",
+            stacklevel=2,
+        )
+    return not reason
+
+
+def phm_linear(
+    x: Tensor,
+    A: Tensor,
+    F: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    alpha: Tensor | None,
+    activation: str,
+    plan: Plan,
+) -> Tensor:
+    return _phm_linear(x, A, F, bias, residual, alpha, activation == "relu", int(plan))
+
+
+def phm_linear_weight_grad(grad: Tensor, x: Tensor, A: Tensor, F: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+    return _phm_linear_weight_grad(grad, x, A, F, int(plan))

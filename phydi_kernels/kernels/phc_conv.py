@@ -1,0 +1,204 @@
+"""Parameterized hypercomplex convolutions on the CPU: H in panels of rows, or mixed inputs, around torch's convolution.
+
+* panel: rows of H for whole output blocks, at most the larger of 4 MiB and one block's share 1/P of H at a time, and
+  one convolution with each. A panel costs n multiplications an entry, the convolution batch * pixels.
+* mix: sum_l A[i,k,l] x_l for each term and output block, then one convolution of P times the batch with F itself.
+  No part of H exists; worth it where the weights outweigh the activations.
+
+float16 is computed in float32; bfloat16 goes to torch's convolution as it is (float32 accumulation).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..plans import Plan
+from ..reference import compute_dtype
+
+_PANEL_BYTES = 4 << 20
+_ops = torch.ops.phydi_cpu
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    """The format torch's convolutions would give their result: channels_last for a channels_last ``x``."""
+    if not x.is_contiguous():
+        if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+            return torch.channels_last
+        if x.dim() == 5 and x.is_contiguous(memory_format=torch.channels_last_3d):
+            return torch.channels_last_3d
+    return torch.contiguous_format
+
+
+def _to_work_dtype(*tensors: Tensor | None) -> list[Any]:
+    return [t.float() if t is not None and t.dtype == torch.float16 else t for t in tensors]
+
+
+def _convolution(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int], padding: list[int], dilation: list[int]
+) -> Tensor:
+    return torch.ops.aten.convolution(x, weight, bias, stride, padding, dilation, False, [0] * len(stride), 1)
+
+
+def _convolution_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int], *, of: int
+) -> Tensor:
+    """The gradient of the input (of=0) or of the weight (of=1)."""
+    mask = [of == 0, of == 1, False]
+    return torch.ops.aten.convolution_backward(
+        grad, x, weight, None, stride, padding, dilation, False, [0] * len(stride), 1, mask
+    )[of]
+
+
+def _input_grad(
+    grad: Tensor, weight: Tensor, size: list[int], stride: list[int], padding: list[int], dilation: list[int]
+) -> Tensor:
+    # The input's values do not matter for its gradient; its size and memory format do.
+    x = torch.empty(size, dtype=grad.dtype, device=grad.device, memory_format=memory_format(grad))
+    return _convolution_backward(grad, x, weight, stride, padding, dilation, of=0)
+
+
+def output_size(
+    size: Sequence[int], kernel: Sequence[int], stride: list[int], padding: list[int], dilation: list[int]
+) -> list[int]:
+    """Spatial size of a convolution's result."""
+    return [
+        (s + 2 * pad - e * (k - 1) - 1) // st + 1
+        for s, k, st, pad, e in zip(size, kernel, stride, padding, dilation, strict=True)
+    ]
+
+
+def _join_batch(y: Tensor, blocks: int, fmt: torch.memory_format) -> Tensor:
+    """(B*blocks, p, *spatial) as (B, blocks*p, *spatial): a view if contiguous, a copy if channels_last."""
+    return y.unflatten(0, (y.shape[0] // blocks, blocks)).flatten(1, 2).contiguous(memory_format=fmt)
+
+
+def _blocks(count: int, entries: int, item_bytes: int) -> list[slice]:
+    """Ranges of output (or input) blocks of H that fit the panel budget; one block holds ``entries`` entries."""
+    step = max(1, _PANEL_BYTES // (entries * item_bytes))
+    return [slice(first, min(first + step, count)) for first in range(0, count, step)]
+
+
+def _channels(blocks: slice, size: int) -> slice:
+    return slice(blocks.start * size, blocks.stop * size)
+
+
+def _in_panels(
+    panel: Callable[[slice], Tensor], blocks: list[slice], size: int, shape: list[int], fmt: torch.memory_format
+) -> Tensor:
+    """The result of ``shape``; ``panel`` gives the channels of a range of blocks, ``size`` each."""
+    if len(blocks) == 1:
+        return panel(blocks[0]).contiguous(memory_format=fmt)
+    first = panel(blocks[0])
+    result = torch.empty(shape, dtype=first.dtype, device=first.device, memory_format=fmt)
+    result[:, _channels(blocks[0], size)] = first
+    del first
+    for block in blocks[1:]:
+        result[:, _channels(block, size)] = panel(block)
+    return result
+
+
+def mix(x: Tensor, A: Tensor) -> Tensor:
+    """sum_l A[i,k,l] x_l as (B*P, n*q, *spatial), in the memory format of x (B, Q*q, *spatial)."""
+    n, P, Q = A.shape
+    B, channels, *spatial = x.shape
+    q, pixels = channels // Q, math.prod(spatial)
+    if memory_format(x) == torch.contiguous_format:
+        return _ops.mix.default(x.reshape(B, 1, Q, q * pixels), A).view(B * P, n * q, *spatial)
+    mixed = _ops.mix.default(x.movedim(1, -1).reshape(B, pixels, Q, q), A)
+    return mixed.view(B * P, *spatial, n * q).movedim(-1, 1)
+
+
+def phc_conv(
+    x: Tensor,
+    A: Tensor,
+    F: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    residual: Tensor | None,
+    alpha: Tensor | None,
+    activation: str,
+    plan: Plan,
+) -> Tensor:
+    dtype = x.dtype
+    x, A, F, bias, residual, alpha = _to_work_dtype(x, A, F, bias, residual, alpha)
+    P, Q = A.shape[1:]
+    p, _, *kernel = F.shape[1:]
+    fmt = memory_format(x)
+    x = x.contiguous(memory_format=fmt)
+    size = output_size(x.shape[2:], kernel, stride, padding, dilation)
+    if plan is Plan.MIX:
+        h = _convolution(mix(x, A), F.transpose(0, 1).flatten(1, 2), None, stride, padding, dilation)
+        h = _join_batch(h, P, fmt)
+        if bias is not None:
+            h.add_(bias.view(-1, *[1] * len(size)))
+    else:
+
+        def panel(ks: slice) -> Tensor:
+            panel_bias = None if bias is None else bias[_channels(ks, p)]
+            return _convolution(x, _ops.kron_sum.default(A[:, ks], F), panel_bias, stride, padding, dilation)
+
+        blocks = _blocks(P, F[0].numel() * Q, F.element_size())
+        h = _in_panels(panel, blocks, p, [x.shape[0], P * p, *size], fmt)
+    if residual is not None or alpha is not None or activation == "relu":
+        if residual is not None:
+            residual = residual.contiguous(memory_format=fmt)
+        _ops.epilogue_.default(h, residual, alpha, activation == "relu")
+    return h.to(dtype)
+
+
+def phc_conv_input_grad(
+    grad: Tensor,
+    A: Tensor,
+    F: Tensor,
+    input_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    plan: Plan,
+) -> Tensor:
+    dtype = grad.dtype
+    grad, A, F = _to_work_dtype(grad, A, F)
+    P, Q = A.shape[1:]
+    q = F.shape[2]
+    B, _, *spatial = input_size
+    fmt = memory_format(grad)
+    grad = grad.contiguous(memory_format=fmt)
+    if plan is Plan.MIX:
+        mixed = mix(grad, A.transpose(1, 2))
+        dx = _input_grad(mixed, F.flatten(0, 1), [B * Q, q, *spatial], stride, padding, dilation)
+        dx = _join_batch(dx, Q, fmt)
+    else:
+
+        def panel(ls: slice) -> Tensor:
+            columns = _ops.kron_sum.default(A[:, :, ls], F)
+            return _input_grad(grad, columns, [B, columns.shape[1], *spatial], stride, padding, dilation)
+
+        dx = _in_panels(panel, _blocks(Q, F[0].numel() * P, F.element_size()), q, input_size, fmt)
+    return dx.to(dtype)
+
+
+def phc_conv_weight_grad(
+    grad: Tensor, x: Tensor, A: Tensor, F: Tensor, stride: list[int], padding: list[int], dilation: list[int]
+) -> tuple[Tensor, Tensor]:
+    dtype = x.dtype
+    grad, x, A, F = _to_work_dtype(grad, x, A, F)
+    P, Q = A.shape[1:]
+    p = F.shape[1]
+    x = x.contiguous(memory_format=memory_format(x))
+    grad = grad.contiguous(memory_format=memory_format(x))
+    dA, dF = [], torch.zeros_like(F, dtype=compute_dtype(F.dtype), memory_format=torch.contiguous_format)
+    for ks in _blocks(P, F[0].numel() * Q, F.element_size()):
+        g = grad[:, _channels(ks, p)]
+        shape = (g.shape[1], x.shape[1], *F.shape[3:])
+        G = _convolution_backward(g, x, x.new_empty(shape), stride, padding, dilation, of=1)
+        part_A, part_F = _ops.kron_sum_grad.default(G.contiguous(), A[:, ks], F)
+        dA.append(part_A)
+        dF.add_(part_F)
+    return torch.cat(dA, 1).to(dtype), dF.to(dtype)

@@ -1,0 +1,45 @@
+"""Autograd registration that torch.func's transforms accept.
+
+torch.library.register_autograd makes a Function without setup_context, which torch.func.grad, jacrev and vmap around
+them refuse (pytorch issues 168393, 170834 and 179652), and parses the schema at every recorded call. The kernel
+registered here is what a C++ autograd function is: one level of gradient recording, below which the call goes on to the
+next transform or to the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
+
+
+def register_autograd(library: torch.library.Library, op: Any, backward: Callable, setup_context: Callable) -> None:
+    """Registers ``backward(ctx, *grads)`` and ``setup_context(ctx, inputs, output)`` for an operator of ``library``."""
+
+    def forward(*args: Any) -> Any:
+        # Below view tracking too: a result that is a view of what a kernel made is not a view of an argument.
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            return op(*args)
+
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise NotImplementedError(f"{op.name()} has no forward-mode derivative; use reverse mode (backward, jacrev)")
+
+    members = {"forward": forward, "setup_context": setup_context, "backward": backward, "jvp": jvp}
+    function: Any = type(
+        op.name().replace("::", "_"),
+        (torch.autograd.function._SingleLevelFunction,),
+        {name: staticmethod(member) for name, member in members.items()},
+    )
+
+    def kernel(*args: Any) -> Any:
+        recording = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
+        if recording or forward_ad._current_level >= 0:
+            with enable_single_level_autograd_function():
+                return function.apply(*args)
+        return forward(*args)
+
+    library.impl(op.name().split("::")[1], kernel, "Autograd")
