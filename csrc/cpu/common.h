@@ -1,0 +1,93 @@
+// What the kernels share. Everything is in an anonymous namespace; see vec.h.
+#pragma once
+
+#include <algorithm>
+
+#include "kernels.h"
+#include "vec.h"
+
+namespace phydi {
+namespace {
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+template <class Fn>
+void parallel(const Threads& threads, int64_t tasks, const Fn& fn) {
+  if (tasks == 1 || threads.count == 1) {
+    for (int64_t i = 0; i < tasks; ++i) fn(i);
+    return;
+  }
+  threads.run(
+      tasks, [](void* context, int64_t index) { (*static_cast<const Fn*>(context))(index); }, const_cast<Fn*>(&fn));
+}
+
+template <class Fn>
+void with_type(DType dtype, const Fn& fn) {
+  switch (dtype) {
+    case DType::f32:
+      return fn(float{});
+    case DType::f64:
+      return fn(double{});
+    case DType::bf16:
+      return fn(bf16{});
+    case DType::f16:
+      return fn(f16{});
+  }
+}
+
+// out[s] = sum_t weight[t * weight_stride] * rows[t * row_stride + s] for s < count.
+template <class In, class Out>
+inline void combine(const In* rows, int64_t row_stride, const Compute<In>* weight, int64_t weight_stride, int64_t terms,
+                    Out* out, int64_t count) {
+  using T = Compute<In>;
+  int64_t s = 0;
+  for (; s + 4 * kLanes<T> <= count; s += 4 * kLanes<T>) {
+    Vec<T> total[4] = {};
+    for (int64_t t = 0; t < terms; ++t) {
+      const Vec<T> w = splat(weight[t * weight_stride]);
+#pragma GCC unroll 4
+      for (int v = 0; v < 4; ++v) total[v] += w * load(rows + t * row_stride + s + v * kLanes<T>);
+    }
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; ++v) store(out + s + v * kLanes<T>, total[v]);
+  }
+  for (; s + kLanes<T> <= count; s += kLanes<T>) {
+    Vec<T> total{};
+    for (int64_t t = 0; t < terms; ++t) total += weight[t * weight_stride] * load(rows + t * row_stride + s);
+    store(out + s, total);
+  }
+  if (s == count) return;
+  Vec<T> total{};
+  for (int64_t t = 0; t < terms; ++t)
+    total += weight[t * weight_stride] * load_some(rows + t * row_stride + s, count - s);
+  store_some(out + s, total, count - s);
+}
+
+// out[s] = row[s] for s < count, with a change of type.
+template <class In, class Out>
+inline void copy_row(const In* row, Out* out, int64_t count) {
+  for (int64_t s = 0; s < count; s += kLanes<Compute<In>>)
+    store_some(out + s, load_some(row + s, count - s), count - s);
+}
+
+// y = residual + alpha * act(v + bias) on `count` contiguous elements; null bias and residual are left out.
+template <class In>
+void finish(const Compute<In>* v, const In* bias, const In* residual, Compute<In> alpha, bool relu, In* y,
+            int64_t count) {
+  using T = Compute<In>;
+  for (int64_t j = 0; j < count; j += kLanes<T>) {
+    const int64_t some = count - j;
+    Vec<T> h = load_some(v + j, some);
+    if (bias) h += load_some(bias + j, some);
+    // Written so that NaN passes, as in torch.relu.
+    if (relu) h = h < Vec<T>{} ? Vec<T>{} : h;
+    h *= alpha;
+    if (residual) h += load_some(residual + j, some);
+    store_some(y + j, h, some);
+  }
+}
+
+}  // namespace
+
+}  // namespace phydi

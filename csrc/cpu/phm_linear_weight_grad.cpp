@@ -1,0 +1,163 @@
+// phm_linear_weight_grad: (dA, dF) of <grad, H x>.
+#include "linear.h"
+#include "split.h"
+
+namespace phydi {
+namespace {
+
+// Few rows: F is read and dF written once, term by term, beside the mixed input and
+//   u[b,k,i,s] = sum_r grad[b,k,r] F[i,r,s];    dF[i,r,s] = sum_bk grad[b,k,r] mixed[b,k,i,s],
+//   dA[i,k,l] = sum_bs u[b,k,i,s] x[b,l,s].
+template <class In>
+void stream_weight_grad(int64_t batch, const Linear<In>& op, const In* grad, int64_t grad_stride, Compute<In>* dA,
+                        In* dF, const Threads& threads) {
+  using T = Compute<In>;
+  const int64_t rows = batch * op.P, P = op.P, Q = op.Q, p = op.p, q = op.q;
+  parallel(threads, op.n, [&](int64_t i) {
+    const Scratch<T> mixed(rows * q), u(rows * q), g(rows * p);
+    std::fill(u.get(), u.get() + rows * q, T(0));
+    for (int64_t m = 0; m < rows; ++m) {
+      combine(op.x + m / P * op.x_stride, q, op.A + (i * P + m % P) * Q, 1, Q, mixed.get() + m * q, q);
+      copy_row(grad + m / P * grad_stride + m % P * p, g.get() + m * p, p);
+    }
+    for (int64_t r = 0; r < p; ++r) {
+      const In* f = op.F + i * op.F_i + r * op.F_r;
+      In* d = dF + (i * p + r) * q;
+      for (int64_t s = 0; s < q; s += kLanes<T>) {
+        const int64_t some = std::min<int64_t>(kLanes<T>, q - s);
+        const Vec<T> w = load_some(f + s, some);
+        Vec<T> total{};
+        for (int64_t m = 0; m < rows; ++m) {
+          const T gm = g.get()[m * p + r];
+          T* um = u.get() + m * q + s;
+          store_some(um, load_some(um, some) + gm * w, some);
+          total += gm * load_some(mixed.get() + m * q + s, some);
+        }
+        store_some(d + s, total, some);
+      }
+    }
+    for (int64_t k = 0; k < P; ++k) {
+      for (int64_t l = 0; l < Q; ++l) {
+        Vec<T> total{};
+        for (int64_t b = 0; b < batch; ++b) {
+          const T* ub = u.get() + (b * P + k) * q;
+          const In* xb = op.x + b * op.x_stride + l * q;
+          for (int64_t s = 0; s < q; s += kLanes<T>) total += load_some(ub + s, q - s) * load_some(xb + s, q - s);
+        }
+        dA[(i * P + k) * Q + l] = sum<T>(total);
+      }
+    }
+  });
+}
+
+template <class In>
+void run(Plan plan, int64_t batch, Rows grad, Rows x, const Algebra& algebra, const Weights& weights, void* dA,
+         void* dF, const Threads& threads) {
+  using T = Compute<In>;
+  constexpr int64_t per = kPerLane<In>;
+  const T* A = static_cast<const T*>(algebra.data);
+  const int64_t n = algebra.n, P = algebra.P, Q = algebra.Q, p = weights.p, q = weights.q;
+  const In* g = static_cast<const In*>(grad.data);
+  const In* xs = static_cast<const In*>(x.data);
+  const In* F = static_cast<const In*>(weights.data);
+  if (plan == Plan::stream)
+    return stream_weight_grad<In>(batch, Linear<In>(x, algebra, weights), g, grad.stride, static_cast<T*>(dA),
+                                  static_cast<In*>(dF), threads);
+  const int64_t rows = P * p;  // of G
+  std::fill(static_cast<T*>(dA), static_cast<T*>(dA) + n * P * Q, T(0));
+
+  // Columns [s, s + width) of every block l at a time: G's panel stays within 1/n of H, the packed input within
+  // kPackBytes.
+  const int64_t share = std::max<int64_t>(kPackBytes, rows * Q * q * int64_t(sizeof(In)) / n) / int64_t(sizeof(T));
+  const int64_t most = std::min(share / (rows * Q), kPackBytes / (Q * kDepth<T> * int64_t(sizeof(T))));
+  const int64_t width = std::min(q, std::max<int64_t>(most / kStrip<T> * kStrip<T>, kStrip<T>));
+  const int64_t padded_rows = round_up(rows, kTileRows);
+  const int64_t strips_most = ceil_div(Q * width, kStrip<T>);
+  const int64_t blocks = ceil_div(rows, kBlockRows);
+  const Scratch<T> G(padded_rows * strips_most * kStrip<T>);
+  const Scratch<T> packed_x(strips_most * kStrip<T> * kDepth<T>);
+
+  for (int64_t s = 0; s < q; s += width) {
+    const int64_t some = std::min(width, q - s);
+    const int64_t columns = Q * some, strips = ceil_div(columns, kStrip<T>), stride = strips * kStrip<T>;
+    if (batch == 0) std::fill(G.get(), G.get() + padded_rows * stride, T(0));
+    for (int64_t b = 0; b < batch; b += per * kDepth<T>) {
+      const int64_t steps = std::min<int64_t>(per * kDepth<T>, batch - b), lanes = ceil_div(steps, per);
+      parallel(threads, strips, [&](int64_t strip) {
+        for (int64_t v = 0; v < kStrip<T>; v += kLanes<T>) {
+          T* to = packed_x.get() + strip * lanes * kStrip<T> + v;
+          const int64_t first = strip * kStrip<T> + v, last = std::min<int64_t>(first + kLanes<T>, columns);
+          // Column c is entry c % some of block c / some; most vectors lie within one block.
+          const int64_t offset = first / some * q + first % some, run = std::min(last - first, some - first % some);
+          for (int64_t lane = 0; lane < lanes; ++lane) {
+            T line[per][kLanes<T>] = {};
+            for (int64_t h = 0; h < per && lane * per + h < steps && first < last; ++h) {
+              const In* row = xs + (b + lane * per + h) * x.stride + s;
+              store(line[h], load_some(row + offset, run));
+              for (int64_t c = first + run; c < last; c += some) {
+                const int64_t next = std::min(last - c, some);
+                store_some(line[h] + c - first, load_some(row + c / some * q, next), next);
+              }
+            }
+            store(to + lane * kStrip<T>, packed<In>(line));
+          }
+        }
+      });
+      const int64_t workers = std::min(blocks, threads.count);
+      parallel(threads, workers, [&](int64_t worker) {
+        // Tiles of grad, one lane of kTileRows entries after the other; a vector may be written past the last.
+        const Scratch<T> packed_g(kBlockRows * kDepth<T> + kLanes<T>);
+        for (int64_t block = blocks * worker / workers; block < blocks * (worker + 1) / workers; ++block) {
+          const int64_t row = block * kBlockRows, count = std::min<int64_t>(kBlockRows, rows - row);
+          for (int64_t m = 0; m < count; m += kTileRows) {
+            T* to = packed_g.get() + m * kDepth<T>;
+            for (int64_t lane = 0; lane < lanes; ++lane, to += kTileRows) {
+              for (int64_t v = 0; v < kTileRows; v += kLanes<T>) {
+                T line[per][kLanes<T>] = {};
+                const int64_t at = row + m + v;
+                for (int64_t h = 0; h < per && lane * per + h < steps && at < rows; ++h)
+                  store(line[h], load_some(g + (b + lane * per + h) * grad.stride + at, rows - at));
+                store(to + v, packed<In>(line));
+              }
+            }
+          }
+          for (int64_t strip = 0; strip < strips; ++strip) {
+            const int64_t column = strip * kStrip<T>;
+            for (int64_t m = 0; m < count; m += kTileRows) {
+              tile<In, 1, kTileRows>(kTileRows, columns - column)(lanes, packed_g.get() + m * kDepth<T>,
+                                                                  packed_x.get() + strip * lanes * kStrip<T>, b == 0,
+                                                                  G.get() + (row + m) * stride + column, stride);
+            }
+          }
+        }
+      });
+    }
+    const Split<In, T, In> split{A,
+                                 n,
+                                 P,
+                                 Q,
+                                 F + s,
+                                 weights.stride_i,
+                                 weights.stride_r,
+                                 G.get(),
+                                 p * stride,
+                                 stride,
+                                 some,
+                                 static_cast<In*>(dF) + s,
+                                 p * q,
+                                 q};
+    split_all(split, p, some, static_cast<T*>(dA), threads);
+  }
+}
+
+}  // namespace
+
+namespace PHYDI_ISA {
+
+void phm_linear_weight_grad(DType dtype, Plan plan, int64_t rows, Rows grad, Rows x, const Algebra& A, const Weights& F,
+                            void* dA, void* dF, const Threads& threads) {
+  with_type(dtype, [&](auto type) { run<decltype(type)>(plan, rows, grad, x, A, F, dA, dF, threads); });
+}
+
+}  // namespace PHYDI_ISA
+}  // namespace phydi

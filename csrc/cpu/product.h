@@ -1,0 +1,127 @@
+// The product of packed operands that every plan but stream ends in. It follows the classic blocking (Goto and
+// van de Geijn, 2008): strips of the operand with output features along the lanes, row blocks of the other operand in
+// L2, and a register tile of kTileRows x (kTileVectors * lanes).
+#pragma once
+
+#include <type_traits>
+
+#include "common.h"
+
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
+namespace phydi {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kTileRows = 14;  // 28 accumulators of 32 registers
+#else
+constexpr int kTileRows = 6;  // 12 accumulators of 16 registers
+#endif
+constexpr int kTileVectors = 2;
+
+// A tile's strip of the weight operand (depth kDepth) is half of a 64 KiB L1, a third of a 48 KiB one.
+template <class T>
+constexpr int kDepth = 1024 / int(sizeof(T));
+// A row of a packed block: kDepth entries and one cache line, so that rows do not fall into the same L1 sets.
+template <class T>
+constexpr int kBlockStride = kDepth<T> + 64 / int(sizeof(T));
+constexpr int kBlockRows = 112 / kTileRows * kTileRows;
+template <class T>
+constexpr int kStrip = kTileVectors * kLanes<T>;
+// Packed weights held at a time: this much, or 1/n of H where that is more.
+constexpr int64_t kPackBytes = 2 << 20;
+
+// Steps of the summation in one lane of a packed operand: with AVX512_BF16 a lane holds a pair of bfloat16, multiplied
+// and added to a float in one instruction.
+template <class In>
+constexpr int kPerLane = 1;
+#if defined(__AVX512BF16__)
+template <>
+constexpr int kPerLane<bf16> = 2;
+#endif
+
+// One vector of a packed operand from kPerLane lines of entries.
+template <class In>
+inline Vec<Compute<In>> packed(const Compute<In> (&line)[kPerLane<In>][kLanes<Compute<In>>]) {
+  if constexpr (kPerLane<In> == 2) {
+    return bf16_pairs(load(line[0]), load(line[1]));
+  } else {
+    return load(line[0]);
+  }
+}
+
+template <class In>
+inline Vec<Compute<In>> broadcast(const Compute<In>* a) {
+#if defined(__AVX512BF16__)
+  if constexpr (kPerLane<In> == 2) {
+    int pair;
+    memcpy(&pair, a, sizeof pair);
+    return (Vec<float>)_mm512_set1_epi32(pair);
+  }
+#endif
+  return splat(*a);
+}
+
+template <class In>
+inline void multiply_add(Vec<Compute<In>>& c, Vec<Compute<In>> a, Vec<Compute<In>> b) {
+#if defined(__AVX512BF16__)
+  if constexpr (kPerLane<In> == 2) {
+    c = (Vec<float>)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
+    return;
+  }
+#endif
+  c += a * b;
+}
+
+// A register tile: c (M rows, NV vectors) = (first ? 0 : c) + a (M x depth) * b (depth x NV vectors), depth in lanes.
+// `a` holds entry (m, k) at a + m * row_stride + k * step_stride: constants, so that one pointer addresses all rows.
+template <class In, int M, int NV, int row_stride, int step_stride>
+void run_tile(int64_t depth, const Compute<In>* a, const Compute<In>* b, bool first, Compute<In>* c, int64_t c_stride) {
+  using T = Compute<In>;
+  Vec<T> acc[M][NV];
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) acc[m][v] = first ? Vec<T>{} : load(c + m * c_stride + v * kLanes<T>);
+  for (int64_t k = 0; k < depth; ++k) {
+    Vec<T> w[NV];
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) w[v] = load(b + v * kLanes<T>);
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) {
+      const Vec<T> am = broadcast<In>(a + m * row_stride);
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) multiply_add<In>(acc[m][v], am, w[v]);
+    }
+    a += step_stride;
+    b += kStrip<T>;
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) store(c + m * c_stride + v * kLanes<T>, acc[m][v]);
+}
+
+// The tile function for `rows` rows and `columns` columns, rounded up to what is compiled.
+template <class T>
+using TileFn = void (*)(int64_t depth, const T* a, const T* b, bool first, T* c, int64_t c_stride);
+
+template <class In, int row_stride, int step_stride, int M>
+TileFn<Compute<In>> tile_of_columns(int64_t columns) {
+  return columns > kLanes<Compute<In>> ? run_tile<In, M, 2, row_stride, step_stride>
+                                       : run_tile<In, M, 1, row_stride, step_stride>;
+}
+
+template <class In, int row_stride, int step_stride>
+TileFn<Compute<In>> tile(int64_t rows, int64_t columns) {
+  constexpr int half = (kTileRows + 1) / 2;
+  if (rows > half) return tile_of_columns<In, row_stride, step_stride, kTileRows>(columns);
+  if (rows > half / 2) return tile_of_columns<In, row_stride, step_stride, half>(columns);
+  return tile_of_columns<In, row_stride, step_stride, half / 2>(columns);
+}
+
+}  // namespace
+
+}  // namespace phydi

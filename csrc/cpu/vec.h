@@ -1,0 +1,251 @@
+// Vectors of the widest width this file is compiled for, and loads and stores that convert to the compute type.
+// Everything has internal linkage: two instruction sets in one library must not share an inline function.
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+// The type to add and multiply in.
+template <class In>
+struct ComputeOf {
+  using type = float;
+};
+template <>
+struct ComputeOf<double> {
+  using type = double;
+};
+template <class In>
+using Compute = typename ComputeOf<In>::type;
+
+template <class T>
+constexpr int kLanes = kVectorBytes / int(sizeof(T));
+
+template <class T>
+struct VecOf {
+  typedef T type __attribute__((vector_size(kVectorBytes)));
+};
+template <class T>
+using Vec = typename VecOf<T>::type;
+
+template <class T>
+struct MaskOf {
+  typedef int32_t type __attribute__((vector_size(kVectorBytes)));
+};
+template <>
+struct MaskOf<double> {
+  typedef int64_t type __attribute__((vector_size(kVectorBytes)));
+};
+template <class T>
+using Mask = typename MaskOf<T>::type;
+
+typedef uint16_t U16s __attribute__((vector_size(kVectorBytes / 2)));
+typedef uint32_t U32s __attribute__((vector_size(kVectorBytes)));
+
+static inline Vec<float> load(const float* p) {
+  Vec<float> v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+
+static inline Vec<double> load(const double* p) {
+  Vec<double> v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+
+static inline Vec<float> load(const bf16* p) {
+  U16s half;
+  memcpy(&half, p, sizeof half);
+  const U32s bits = __builtin_convertvector(half, U32s) << 16;
+  return (Vec<float>)bits;
+}
+
+static inline float f16_to_float(f16 h) {
+  _Float16 v;
+  memcpy(&v, &h, sizeof v);
+  return float(v);
+}
+
+static inline f16 float_to_f16(float f) {
+  const _Float16 v = _Float16(f);
+  f16 h;
+  memcpy(&h, &v, sizeof h);
+  return h;
+}
+
+static inline Vec<float> load(const f16* p) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Vec<float>>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+#elif defined(__F16C__)
+  return reinterpret_cast<Vec<float>>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#else
+  Vec<float> v;
+  for (int j = 0; j < kLanes<float>; ++j) v[j] = f16_to_float(p[j]);
+  return v;
+#endif
+}
+
+static inline void store(float* p, Vec<float> v) { memcpy(p, &v, sizeof v); }
+
+static inline void store(double* p, Vec<double> v) { memcpy(p, &v, sizeof v); }
+
+// bfloat16 bits in the upper half of each lane: round to nearest, ties to even; NaN stays NaN.
+static inline U32s round_to_bf16(Vec<float> v) {
+  const U32s bits = (U32s)v;
+  const U32s rounded = bits + (0x7fffu + ((bits >> 16) & 1u));
+  const U32s is_nan = (U32s)((bits & 0x7fffffffu) > 0x7f800000u);
+  return ((rounded & ~is_nan) | ((bits | 0x400000u) & is_nan)) & 0xffff0000u;
+}
+
+static inline void store(bf16* p, Vec<float> v) {
+  const U16s half = __builtin_convertvector(round_to_bf16(v) >> 16, U16s);
+  memcpy(p, &half, sizeof half);
+}
+
+// Lanes of bfloat16 pairs: the first in the lower half.
+static inline Vec<float> bf16_pairs(Vec<float> first, Vec<float> second) {
+  return (Vec<float>)((round_to_bf16(first) >> 16) | round_to_bf16(second));
+}
+
+static inline void store(f16* p, Vec<float> v) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_cvtps_ph(reinterpret_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                   _mm256_cvtps_ph(reinterpret_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int j = 0; j < kLanes<float>; ++j) p[j] = float_to_f16(v[j]);
+#endif
+}
+
+// The first `count` elements; the other lanes are zero.
+template <class In>
+static inline Vec<Compute<In>> load_some(const In* p, int64_t count) {
+  constexpr int64_t lanes = kLanes<Compute<In>>;
+  if (count >= lanes) return load(p);
+#if defined(__AVX512F__)
+  const uint32_t mask = (1u << count) - 1u;
+  if constexpr (sizeof(In) == 8) {
+    return (Vec<double>)_mm512_maskz_loadu_pd(__mmask8(mask), p);
+  } else if constexpr (sizeof(In) == 4) {
+    return (Vec<float>)_mm512_maskz_loadu_ps(__mmask16(mask), p);
+  } else {
+    In padded[lanes];
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(padded), _mm256_maskz_loadu_epi16(__mmask16(mask), p));
+    return load(padded);
+  }
+#endif
+  In padded[lanes] = {};
+  memcpy(padded, p, size_t(count) * sizeof(In));
+  return load(padded);
+}
+
+template <class Out>
+static inline void store_some(Out* p, Vec<Compute<Out>> v, int64_t count) {
+  constexpr int64_t lanes = kLanes<Compute<Out>>;
+  if (count >= lanes) return store(p, v);
+#if defined(__AVX512F__)
+  const uint32_t mask = (1u << count) - 1u;
+  if constexpr (sizeof(Out) == 8) {
+    return _mm512_mask_storeu_pd(p, __mmask8(mask), (__m512d)v);
+  } else if constexpr (sizeof(Out) == 4) {
+    return _mm512_mask_storeu_ps(p, __mmask16(mask), (__m512)v);
+  }
+#endif
+  Out padded[lanes];
+  store(padded, v);
+  memcpy(p, padded, size_t(count) * sizeof(Out));
+}
+
+template <class T>
+static inline Vec<T> splat(T value) {
+  return value - Vec<T>{};
+}
+
+// One step of a transposition: exchanges bit h of the lane with the choice between a and b.
+template <class T, int h>
+static inline void exchange(Vec<T>& a, Vec<T>& b) {
+  Mask<T> first, second;
+  for (int j = 0; j < kLanes<T>; ++j) {
+    first[j] = (j & h) ? kLanes<T> + (j ^ h) : j;
+    second[j] = (j & h) ? kLanes<T> + j : (j ^ h);
+  }
+  const Vec<T> low = __builtin_shuffle(a, b, first);
+  b = __builtin_shuffle(a, b, second);
+  a = low;
+}
+
+template <class T, int h = 1>
+static inline __attribute__((always_inline)) void transpose(Vec<T> (&rows)[kLanes<T>]) {
+  if constexpr (h < kLanes<T>) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes<T>; ++i) {
+      if (!(i & h)) exchange<T, h>(rows[i], rows[i | h]);
+    }
+    transpose<T, 2 * h>(rows);
+  }
+}
+
+// Lane j of the result is the sum of all lanes of v[j]; v is overwritten.
+template <class T, int h = 1>
+static inline __attribute__((always_inline)) Vec<T> sum_lanes(Vec<T>* v) {
+  if constexpr (h < kLanes<T>) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes<T>; i += 2 * h) {
+      exchange<T, h>(v[i], v[i + h]);
+      v[i] += v[i + h];
+    }
+    return sum_lanes<T, 2 * h>(v);
+  }
+  return v[0];
+}
+
+template <class T>
+static inline T sum(Vec<T> v) {
+  T total = 0;
+  for (int j = 0; j < kLanes<T>; ++j) total += v[j];
+  return total;
+}
+
+// Scratch memory of one task: cache-line aligned, freed at the end of the scope.
+template <class T>
+class Scratch {
+ public:
+  explicit Scratch(int64_t count)
+      : data_(static_cast<T*>(aligned_alloc(64, (size_t(count) * sizeof(T) + 127) / 64 * 64))) {
+    if (!data_) throw std::bad_alloc();
+  }
+  ~Scratch() { free(data_); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  T* get() const { return data_; }
+
+ private:
+  T* data_;
+};
+
+}  // namespace
