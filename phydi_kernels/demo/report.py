@@ -1,0 +1,109 @@
+"""What the demo shows: the convergence plot, the tables, and the machine they are from."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+from typing import TYPE_CHECKING, Any
+
+from .. import info
+from .training import TARGET_ACCURACY
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's colours, told apart with any colour vision; line style and marker tell them apart in grey.
+STYLES = {
+    "standard": {"label": "standard", "color": "#0072B2", "linestyle": "--", "marker": "s"},
+    "wkp": {"label": "WKP", "color": "#009E73", "linestyle": "-.", "marker": "^"},
+    "phydi": {"label": "PHYDI", "color": "#D55E00", "linestyle": "-", "marker": "o"},
+}
+
+
+def environment() -> dict[str, Any]:
+    """What ``phydi-kernels info`` knows, less the place of the library, with the versions of the demo's packages."""
+    found = info.collect()
+    del found["library"]["path"]
+    found["packages"] = {name: importlib.metadata.version(name) for name in ("numpy", "scikit-learn", "matplotlib")}
+    found["cpu"]["logical_cores"] = os.cpu_count()
+    return found
+
+
+def machine_line(environment: dict[str, Any]) -> str:
+    processor = environment["cpu"]
+    return (
+        f"{processor['model']}, {processor['logical_cores']} logical cores, threads: {processor['threads']}, "
+        f"torch {environment['torch']}, phm_linear: {environment['ops']['phm_linear']['cpu']}"
+    )
+
+
+def convergence_table(results: dict[str, Any]) -> str:
+    """One row a run: M1, the last accuracy, the parameters, and their share of the dense model's."""
+    lines = [
+        f"M1: epochs to {TARGET_ACCURACY:.0%} test accuracy, evaluated {results['recipe']['evaluations_per_epoch']} "
+        f"times an epoch; one run each, seed {results['arguments']['seed']}",
+        f"{'n':>5}  {'initialisation':14}  {'M1':>6}  {'accuracy at end':>15}  {'parameters':>10}  {'of dense':>8}",
+    ]
+    for run in results["runs"]:
+        lines.append(
+            f"{run['n']:>5}  {STYLES[run['init']]['label']:14}  {format_m1(run['m1_epochs']):>6}  "
+            f"{run['final_test_accuracy']:>15.1%}  {run['parameters']:>10,}  {run['parameters_over_dense']:>8.1%}"
+        )
+    lines.append(f"dense  {'(not trained)':14}  {'':>6}  {'':>15}  {results['dense_parameters']:>10,}  {1:>8.1%}")
+    return "\n".join(lines)
+
+
+def layer_table(rows: list[dict[str, Any]]) -> str:
+    """One row a batch size: median times and their ratios."""
+    first = rows[0]
+    lines = [
+        f"Forward of one {first['features']}x{first['features']} layer, n = {first['n']}, float32, 1 thread, "
+        "warm caches, median times",
+        f"{'batch':>5}  {'PHMLinear':>10}  {'nn.Linear':>10}  {'dense H':>10}  {'PHMLinear/nn.Linear':>19}  "
+        f"{'dense H/nn.Linear':>17}",
+    ]
+    for row in rows:
+        times = [f"{row['median_seconds'][name] * 1e6:>7.0f} us" for name in ("ours", "linear", "dense_h")]
+        lines.append(
+            f"{row['batch']:>5}  {'  '.join(times)}  {row['ours_over_linear']:>19.2f}  "
+            f"{row['dense_h_over_linear']:>17.2f}"
+        )
+    lines.append("dense H: sum_i kron(A_i, F_i) built at every call, then F.linear; all within rounding of float64.")
+    return "\n".join(lines)
+
+
+def format_m1(epochs: float | None) -> str:
+    return "-" if epochs is None else f"{epochs:.2f}"
+
+
+def convergence_figure(results: dict[str, Any]) -> Figure:
+    """Test accuracy against epochs, one panel an n, one curve an initialisation."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
+
+    runs = results["runs"]
+    ns = sorted({run["n"] for run in runs})
+    figure = Figure(figsize=(5 * len(ns), 4.2), layout="constrained")
+    panels = figure.subplots(1, len(ns), sharey=True, squeeze=False)[0]
+    for n, panel in zip(ns, panels, strict=True):
+        for run in (run for run in runs if run["n"] == n):
+            style = dict(STYLES[run["init"]])
+            style["label"] += f" (M1 = {format_m1(run['m1_epochs'])})"
+            epochs = [point["epoch"] for point in run["history"]]
+            accuracies = [point["test_accuracy"] for point in run["history"]]
+            panel.plot(epochs, accuracies, linewidth=2, markersize=5, **style)
+            share = run["parameters_over_dense"]
+        panel.axhline(TARGET_ACCURACY, color="0.35", linestyle=(0, (5, 3)), linewidth=1)
+        panel.text(
+            0.02, TARGET_ACCURACY + 0.01, f"{TARGET_ACCURACY:.0%}", transform=panel.get_yaxis_transform(), color="0.35"
+        )
+        panel.set_title(f"n = {n}: {share:.0%} of the dense model's parameters", fontsize=12)
+        panel.set_xlabel("training time (epochs)", fontsize=12)
+        panel.set_xlim(left=0)
+        panel.set_ylim(0, 1)
+        panel.yaxis.set_major_formatter(PercentFormatter(1.0))
+        panel.grid(color="0.9")
+        panel.legend(loc="lower right", fontsize=11, title="initialisation", title_fontsize=11)
+    panels[0].set_ylabel("test accuracy (% of images)", fontsize=12)
+    figure.suptitle(f"{results['model']} on scikit-learn's digits, seed {results['arguments']['seed']}", fontsize=13)
+    return figure

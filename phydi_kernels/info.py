@@ -1,0 +1,120 @@
+"""``phydi-kernels info``: versions, devices, what was compiled, and the implementation each operator would run."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import __version__
+from .kernels import cpu
+
+OPS = ("phm_linear", "phm_linear_weight_grad") + tuple(
+    f"phc_conv{d}d{gradient}" for d in (1, 2, 3) for gradient in ("", "_input_grad", "_weight_grad")
+)
+
+_REFERENCE = "reference (composed torch ops)"
+# Flags of /proc/cpuinfo on x86-64 and on aarch64 that matter to matrix kernels.
+_FLAGS = (
+    *("sse4_2", "avx", "f16c", "fma", "avx2", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni"),
+    *("avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "asimd", "asimdhp", "bf16", "i8mm", "sve", "sve2"),
+)
+
+
+def build_info() -> dict[str, Any] | None:
+    """What the compiled parts were built from and for, or None where they were not compiled."""
+    try:
+        host = importlib.import_module("._host", __package__)
+    except ImportError:
+        return None
+    return host.build_info()
+
+
+def implementation(op: str, device_type: str) -> str:
+    """What ``torch.ops.phydi.<op>`` runs on tensors of a device type, as ``info`` and ``selftest`` name it."""
+    if device_type != "cpu":
+        return _REFERENCE
+    return "reference (library not loaded)" if cpu.load() else f"C++ {torch.ops.phydi_cpu.isa()}"
+
+
+def collect() -> dict[str, Any]:
+    """Everything that ``info`` prints, as plain types. No CUDA context is made where no CUDA device is available."""
+    reason = cpu.load()
+    model, instruction_sets = _processor()
+    return {
+        "version": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "torch": torch.__version__,
+        "cpu": {"model": model, "instruction_sets": instruction_sets, "threads": torch.get_num_threads()},
+        "cuda": {"toolkit_of_torch": torch.version.cuda, "devices": _cuda_devices()},
+        "library": {
+            "path": str(cpu.LIBRARY),
+            "loaded": not reason,
+            "reason": reason,
+            "instruction_set": None if reason else torch.ops.phydi_cpu.isa(),
+        },
+        "build": build_info(),
+        "ops": {op: {device: implementation(op, device) for device in ("cpu", "cuda")} for op in OPS},
+    }
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    info = collect()
+    print(json.dumps(info, indent=2) if args.json else _format(info))
+    return 0
+
+
+def _processor() -> tuple[str, list[str]]:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return platform.processor() or platform.machine(), []
+    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in text.splitlines())}
+    flags = (fields.get("flags") or fields.get("Features", "")).split()
+    return fields.get("model name", platform.machine()), [flag for flag in _FLAGS if flag in flags]
+
+
+def _cuda_devices() -> list[str]:
+    if not torch.cuda.is_available():
+        return []
+    devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    return [f"{d.name}, sm_{d.major}{d.minor}, {d.total_memory / 2**30:.0f} GiB" for d in devices]
+
+
+def _format(info: dict[str, Any]) -> str:
+    processor, library, build = info["cpu"], info["library"], info["build"]
+    rows = [
+        ("phydi_kernels", info["version"]),
+        ("torch", info["torch"]),
+        ("python", f"{info['python']} on {info['platform']}"),
+        ("CPU", f"{processor['model']}, torch runs {processor['threads']} threads"),
+        ("CPU supports", " ".join(processor["instruction_sets"]) or "unknown"),
+        ("CUDA devices", "; ".join(info["cuda"]["devices"]) or "none"),
+        ("library", library["path"]),
+        ("status", f"loaded, runs {library['instruction_set']}" if library["loaded"] else library["reason"]),
+    ]
+    if build is None:
+        rows.append(("compiled for", "unknown, phydi_kernels._host was not built"))
+    else:
+        rows += [
+            ("compiled by", f"{build['compiler']}, {build['build_type']}, headers of torch {build['torch_version']}"),
+            ("compiled for", f"CPU {' '.join(build['instruction_sets'])}"),
+            ("", f"CUDA {' '.join(build['cuda_architectures']) or 'none'}"),
+        ]
+        if build["version"] != info["version"]:
+            rows.append(("", f"phydi_kernels {build['version']}, another version than this one: build it again"))
+    lines = [f"{name:14}{value}".rstrip() for name, value in rows]
+    table = [("operator", "on cpu", "on cuda"), *((op, d["cpu"], d["cuda"]) for op, d in info["ops"].items())]
+    width = max(len(cpu_column) for _, cpu_column, _ in table)
+    lines += ["", *(f"{op:26}{on_cpu:{width + 2}}{on_cuda}" for op, on_cpu, on_cuda in table)]
+    return "\n".join(lines)

@@ -1,0 +1,194 @@
+"""``phydi-kernels selftest``: every operator on one device against the reference in float64."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .info import implementation
+from .ops import phc_conv, phm_linear
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+# rows, n, P, Q, p, q: one row, odd sizes with a rectangular algebra, and a few hundred rows.
+LINEAR_SHAPES = ((1, 4, 4, 4, 64, 64), (37, 3, 2, 5, 17, 9), (256, 4, 4, 4, 64, 96))
+# batch, n, P, Q, p, q, stride, dilation; kernel 3, padding 1.
+CONV_SHAPES = ((3, 2, 3, 2, 5, 3, 2, 2), (4, 4, 4, 4, 8, 8, 1, 1))
+CONV_SIZES = {1: (61,), 2: (13, 12), 3: (6, 5, 7)}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call: ``op(*args)`` should equal ``expected(*args)``; ``terms`` is the length of its sums, stage by stage."""
+
+    op: Callable[..., Any]
+    expected: Callable[..., Any]
+    args: tuple[Any, ...]
+    terms: int
+
+
+@dataclass(frozen=True)
+class Result:
+    """The case of one operator and dtype with the largest ``error / tolerance``, and the time of its largest shape."""
+
+    op: str
+    dtype: torch.dtype
+    error: float
+    tolerance: float
+    microseconds: float
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.tolerance
+
+
+def tolerance(dtype: torch.dtype, terms: int) -> float:
+    """Largest deviation allowed, in units of the result's root mean square.
+
+    A sum of K products, rounded at each step, drifts from the exact one like a random walk: by eps * sqrt(K) of its
+    size at most, in the type that the kernels add in. Rounding weights and results to ``dtype`` adds eps of the entry.
+    The largest of the 10^5 entries compared is near 5 times the root mean square, and 8 leaves a margin.
+    """
+    accumulated = torch.finfo(reference.compute_dtype(dtype)).eps * math.sqrt(terms)
+    return 8 * (torch.finfo(dtype).eps + accumulated)
+
+
+def deviation(actual: Any, expected: Any) -> float:
+    """max |actual - expected| over the root mean square of expected; the largest over several results."""
+    if isinstance(actual, tuple):
+        return max(deviation(a, e) for a, e in zip(actual, expected, strict=True))
+    error = (actual.to("cpu", torch.float64) - expected).abs().max() / expected.square().mean().sqrt()
+    return float(error) if error.isfinite() else math.inf
+
+
+def check(device: torch.device) -> Iterator[Result]:
+    """Runs every operator in every dtype, the same inputs at every call."""
+    for dtype in DTYPES:
+        generator = torch.Generator().manual_seed(0)
+        cases = [case for shape in LINEAR_SHAPES for case in _linear_cases(shape, dtype, generator)]
+        for d in CONV_SIZES:
+            cases += [case for shape in CONV_SHAPES for case in _conv_cases(d, shape, dtype, generator)]
+        groups: dict[str, list[Case]] = {}
+        for name, case in cases:
+            groups.setdefault(name, []).append(case)
+        for name, group in groups.items():
+            yield _compare(name, dtype, group, device)
+
+
+def _compare(name: str, dtype: torch.dtype, cases: list[Case], device: torch.device) -> Result:
+    pairs = []
+    for case in cases:
+        args = [a.to(device) if isinstance(a, Tensor) else a for a in case.args]
+        exact = [a.double() if isinstance(a, Tensor) else a for a in case.args]
+        pairs.append((deviation(case.op(*args), case.expected(*exact)), tolerance(dtype, case.terms)))
+    error, allowed = max(pairs, key=lambda pair: pair[0] / pair[1])
+    return Result(name, dtype, error, allowed, _microseconds(lambda: case.op(*args), device))
+
+
+def _microseconds(call: Callable[[], Any], device: torch.device, repeats: int = 10) -> float:
+    """Median time of a call whose kernels are warm."""
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times) * 1e6
+
+
+def _factors(
+    n: int, P: int, Q: int, p: int, q: int, kernel: tuple[int, ...], normal: Callable[..., Tensor]
+) -> tuple[Tensor, Tensor]:
+    """A and F such that H x has the variance of x."""
+    return normal(n, P, Q, std=n**-0.5), normal(n, p, q, *kernel, std=(Q * q * math.prod(kernel)) ** -0.5)
+
+
+def _normal(dtype: torch.dtype, generator: torch.Generator) -> Callable[..., Tensor]:
+    def normal(*size: int, std: float = 1.0) -> Tensor:
+        return (torch.randn(size, generator=generator) * std).to(dtype)
+
+    return normal
+
+
+def _linear_cases(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple[str, Case]]:
+    rows, n, P, Q, p, q = shape
+    normal = _normal(dtype, generator)
+    A, F = _factors(n, P, Q, p, q, (), normal)
+    x, grad, bias, alpha = normal(rows, Q * q), normal(rows, P * p), normal(P * p), normal(1)
+    args = (x, A, F, bias, grad, alpha, "relu")
+    yield "phm_linear", Case(phm_linear.phm_linear, reference.phm_linear, args, n + Q * q)
+    yield (
+        "phm_linear_weight_grad",
+        Case(
+            phm_linear.phm_linear_weight_grad,
+            reference.phm_linear_weight_grad,
+            (grad, x, A, F),
+            rows + max(p * q, P * Q),
+        ),
+    )
+
+
+def _conv_cases(
+    d: int, shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator
+) -> Iterator[tuple[str, Case]]:
+    batch, n, P, Q, p, q, stride, dilation = shape
+    kernel, geometry = (3,) * d, ([stride] * d, [1] * d, [dilation] * d)
+    normal = _normal(dtype, generator)
+    A, F = _factors(n, P, Q, p, q, kernel, normal)
+    size = [(s - 2 * dilation + 1) // stride + 1 for s in CONV_SIZES[d]]
+    x, grad = normal(batch, Q * q, *CONV_SIZES[d]), normal(batch, P * p, *size)
+    args = (x, A, F, normal(P * p), *geometry, grad, normal(1), "relu")
+    taps, pixels = 3**d, batch * math.prod(size)
+    family, name = phc_conv.OPS[d], f"phc_conv{d}d"
+    yield name, Case(family.forward, reference.phc_conv, args, n + Q * q * taps)
+    yield (
+        f"{name}_input_grad",
+        Case(
+            family.input_grad,
+            reference.phc_conv_input_grad,
+            (grad, A, F, list(x.shape), *geometry),
+            n + P * p * taps,
+        ),
+    )
+    yield (
+        f"{name}_weight_grad",
+        Case(
+            family.weight_grad,
+            reference.phc_conv_weight_grad,
+            (grad, x, A, F, *geometry),
+            pixels + max(p * q * taps, P * Q),
+        ),
+    )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: cpu)")
+
+
+def run(args: argparse.Namespace) -> int:
+    try:
+        device = torch.device(args.device)
+        torch.empty(1, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        print(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}")
+        return 2
+    print(f"{'operator':24}{'dtype':9}{'error':>9}{'allowed':>9}{'time':>11}  {'':6}  implementation")
+    results = []
+    for r in check(device):
+        results.append(r)
+        dtype, verdict = str(r.dtype).removeprefix("torch."), "passed" if r.passed else "FAILED"
+        row = f"{r.op:24}{dtype:9}{r.error:9.1e}{r.tolerance:9.1e}{r.microseconds:8.0f} us  {verdict}"
+        print(f"{row}  {implementation(r.op, device.type)}", flush=True)
+    passed = sum(r.passed for r in results)
+    print(f"{passed} passed, {len(results) - passed} failed")
+    return 0 if passed == len(results) else 1
