@@ -1,0 +1,48 @@
+"""plans.py is a pure function of sizes that prefers what DESIGN says where it says it."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from phydi_kernels import plans
+from phydi_kernels.plans import Plan
+
+SIZES = tuple(itertools.product((0, 1, 8, 64, 2048), (1, 2, 4, 8), (1, 3, 33, 256, 1024)))
+
+
+@pytest.mark.parametrize(("rows", "n", "p"), SIZES)
+def test_every_size_has_a_plan(rows, n, p):
+    for transposed in (False, True):
+        assert plans.phm_linear(rows, n, n, n, p, p, transposed) in Plan
+    assert plans.phm_linear_weight_grad(rows, n, n, n, p, p) in (Plan.STREAM, Plan.PANEL)
+    assert plans.phc_conv(rows, rows, n, n, n, p, p, 9) in (Plan.MIX, Plan.PANEL)
+
+
+@pytest.mark.parametrize("features", (512, 1024, 4096))
+def test_one_row_streams_the_weights(features):
+    """A matrix-vector product is bound by reading F: neither packing it nor forming H pays."""
+    assert plans.phm_linear(1, 4, 4, 4, features // 4, features // 4, False) is Plan.STREAM
+
+
+@pytest.mark.parametrize("features", (512, 1024, 4096))
+def test_large_batches_form_panels(features):
+    """n multiplications to form an entry of H vanish beside thousands of rows; mixing costs n products a row more."""
+    assert plans.phm_linear(8192, 4, 4, 4, features // 4, features // 4, False) is Plan.PANEL
+    assert plans.phm_linear_weight_grad(8192, 4, 4, 4, features // 4, features // 4) is Plan.PANEL
+
+
+@pytest.mark.parametrize("features", (512, 1024, 4096))
+def test_panel_stays_chosen_as_the_batch_grows(features):
+    p = features // 4
+    chosen = [plans.phm_linear(rows, 4, 4, 4, p, p, False) is Plan.PANEL for rows in (1, 4, 16, 64, 256, 1024, 4096)]
+    assert chosen == sorted(chosen)
+
+
+def test_convolution_of_many_pixels_forms_panels():
+    assert plans.phc_conv(64 * 32 * 32, 64 * 32 * 32, 4, 4, 4, 16, 16, 9) is Plan.PANEL
+
+
+def test_convolution_of_few_pixels_forms_nothing():
+    assert plans.phc_conv(1, 1, 4, 4, 4, 128, 128, 9) is Plan.MIX
