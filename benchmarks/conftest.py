@@ -1,0 +1,119 @@
+"""Options of the benchmarks, the fixture that checks, times and records one case, and the table at the end."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import report
+import torch
+from rivals import MIN_ROUNDS, Rival, check_results, paired_times, synchronize
+
+HERE = Path(__file__).resolve().parent
+ROWS = pytest.StashKey[list[dict[str, Any]]]()
+
+
+def _thread_counts(text: str) -> list[int]:
+    words = text.split(",")
+    if not all(word.isdecimal() and int(word) > 0 for word in words):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of integers >= 1 such as 1 or 1,2")
+    return [int(word) for word in words]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--threads",
+        type=_thread_counts,
+        default=[1],
+        metavar="N[,N...]",
+        help="torch's thread counts to run the benchmarks with (default: 1)",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("python_files", "bench_*.py")
+    # Its own tables have one row a test and no ratios; --benchmark-verbose brings them back.
+    config.option.benchmark_quiet = True
+    config.stash[ROWS] = []
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "threads" in metafunc.fixturenames:
+        counts = metafunc.config.getoption("threads")
+        metafunc.parametrize("threads", counts, indirect=True, scope="session", ids=lambda n: f"threads{n}")
+
+
+@pytest.fixture(scope="session")
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def release_settings() -> Iterator[None]:
+    """The settings of a release run, where the tests in the same process chose others; float32 means float32."""
+    # The tests fill every empty tensor with NaN, which costs a pass over memory.
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    convolution = torch.backends.cudnn.conv.fp32_precision
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    yield
+    torch.backends.cudnn.conv.fp32_precision = convolution
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+@pytest.fixture
+def compare(benchmark, threads: int, device: torch.device, request: pytest.FixtureRequest) -> Callable[..., None]:
+    """Checks every rival against float64, times all of them in turns, and records a row of the table.
+
+    pytest-benchmark times ``ours`` once more, by itself: its --benchmark-save and --benchmark-compare work.
+    """
+
+    def compare(
+        case: Mapping[str, Any],
+        rivals: Mapping[str, Rival],
+        expected: Mapping[str, torch.Tensor],
+        *,
+        terms: int,
+        asked: Mapping[str, float],
+    ) -> None:
+        for name, rival in rivals.items():
+            check_results(name, rival, expected, terms)
+
+        def ours() -> None:
+            rivals["ours"].call()
+            synchronize(device)
+
+        if not benchmark.enabled:
+            benchmark(ours)
+            return
+        times, calls = paired_times(rivals, device)
+        stated = asked if threads == 1 and device.type == "cpu" else {}
+        row = {**case, "threads": threads, **report.summary(times), "asked": dict(stated)}
+        benchmark.extra_info.update(row)
+        request.config.stash[ROWS].append(row)
+        benchmark.pedantic(ours, rounds=MIN_ROUNDS, iterations=calls["ours"])
+
+    return compare
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, exitstatus: int, config: pytest.Config) -> None:
+    rows = config.stash[ROWS]
+    if not rows:
+        return
+    device = torch.device(config.getoption("--device"))
+    results = {"machine": report.machine(device), "rows": rows}
+    terminalreporter.section("benchmarks")
+    terminalreporter.write_line(report.text(results))
+    folders = [(config.invocation_params.dir / argument).resolve() for argument in config.args]
+    if exitstatus == 0 and HERE in folders and not terminalreporter.stats.get("deselected"):
+        path = HERE / "results" / f"{device.type}.json"
+        report.save(results, path)
+        terminalreporter.write_line(f"Written to {path.relative_to(HERE.parent)}.")
+    else:
+        terminalreporter.write_line("Not written to benchmarks/results: a part of the benchmarks, or a failure.")
