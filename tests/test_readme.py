@@ -1,0 +1,29 @@
+"""The README's figures are those of the committed results."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_benchmark_table_is_the_one_of_the_results_file():
+    command = [sys.executable, ROOT / "benchmarks" / "report.py", "--markdown"]
+    table = subprocess.check_output(command, text=True)
+    shown = re.search(
+        r"<!-- python benchmarks/report.py --markdown -->\n(.*?)<!-- end -->",
+        (ROOT / "README.md").read_text(),
+        re.DOTALL,
+    )
+    assert shown is not None and shown[1].strip() == table.strip()
+
+
+def test_every_file_the_readme_names_exists():
+    text = (ROOT / "README.md").read_text()
+    named = re.findall(r"\]\(([\w./-]+)\)", text) + re.findall(r"`([\w/-]+\.(?:py|md|h|cpp|toml))`", text)
+    assert named
+    missing = [name for name in named if not (ROOT / name).exists() and not (ROOT / "csrc" / "cpu" / name).exists()]
+    assert missing == []
