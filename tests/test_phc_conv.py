@@ -9,6 +9,7 @@ from op_cases import CASES, conv, dense_weight
 from op_checks import OpChecks, double, draw
 
 from phydi_kernels import functional, plans
+from phydi_kernels.kernels import phc_conv
 
 
 class TestPHCConv1d(OpChecks):
@@ -61,3 +62,11 @@ def test_every_plan(name, dtype, plan, monkeypatch):
             actual = evaluate(case.op, tensors, problem.options, case.differentiable, grad)
             expected = evaluate(case.dense, double(tensors), problem.options, case.differentiable, grad.double())
             assert_exact(actual, expected, dtype)
+
+
+@pytest.mark.parametrize("count", (1, 3, 8))
+@pytest.mark.parametrize("block_bytes", (4, 1 << 20, 3 << 20, 4 << 20, 9 << 20))
+def test_panels_of_h_stay_within_four_mebibytes_or_one_block(count, block_bytes):
+    panels = phc_conv._blocks(count, block_bytes // 4, 4)
+    assert [i for panel in panels for i in range(panel.start, panel.stop)] == list(range(count))
+    assert all((panel.stop - panel.start) * block_bytes <= max(4 << 20, block_bytes) for panel in panels)

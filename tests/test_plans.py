@@ -14,8 +14,8 @@ SIZES = tuple(itertools.product((0, 1, 8, 64, 2048), (1, 2, 4, 8), (1, 3, 33, 25
 
 @pytest.mark.parametrize(("rows", "n", "p"), SIZES)
 def test_every_size_has_a_plan(rows, n, p):
-    for transposed in (False, True):
-        assert plans.phm_linear(rows, n, n, n, p, p, transposed) in Plan
+    for contiguous in (False, True):
+        assert plans.phm_linear(rows, n, n, n, p, p, contiguous) in Plan
     assert plans.phm_linear_weight_grad(rows, n, n, n, p, p) in (Plan.STREAM, Plan.PANEL)
     assert plans.phc_conv(rows, rows, n, n, n, p, p, 9) in (Plan.MIX, Plan.PANEL)
 
@@ -38,6 +38,17 @@ def test_panel_stays_chosen_as_the_batch_grows(features):
     p = features // 4
     chosen = [plans.phm_linear(rows, 4, 4, 4, p, p, False) is Plan.PANEL for rows in (1, 4, 16, 64, 256, 1024, 4096)]
     assert chosen == sorted(chosen)
+
+
+def test_stream_keeps_its_mixed_rows_within_a_mebibyte():
+    """Its scratch grows with the rows, where that of the other plans does not."""
+    powers = (1, 16, 256, 4096, 65536)
+    for rows, (n, P, Q), p, q in itertools.product(powers, ((1, 64, 64), (4, 4, 4), (2, 2, 2)), powers, powers):
+        for contiguous in (False, True):
+            if plans.phm_linear(rows, n, P, Q, p, q, contiguous) is Plan.STREAM:
+                assert 4 * rows * P * n * q <= 1 << 20
+        if plans.phm_linear_weight_grad(rows, n, P, Q, p, q) is Plan.STREAM:
+            assert 4 * rows * P * (2 * q + p) <= 1 << 20
 
 
 def test_convolution_of_many_pixels_forms_panels():
