@@ -31,6 +31,12 @@ struct Linear {
         F_r(f.stride_r),
         F_s(f.stride_s) {}
 
+  // Term i of row (b, k) of the mixed input, entries [s, s + count): sum_l A[i,k,l] x[b,l,s].
+  template <class Out>
+  void mix(int64_t row, int64_t i, int64_t s, int64_t count, Out* out) const {
+    combine(x + row / P * x_stride + s, q, A + (i * P + row % P) * Q, 1, Q, out, count);
+  }
+
   // Lanes of one segment (term i of the mixed input, or input block l).
   int64_t lanes_of_segment() const { return ceil_div(q, kPerLane<In>); }
 
@@ -50,14 +56,10 @@ struct Linear {
     }
   }
 
-  // Row (b, k) of the mixed input, lanes over (i, s): sum_l A[i,k,l] x[b,l,s].
+  // Row (b, k) of the mixed input, lanes over (i, s).
   template <class Out>
   void mixed_row(int64_t row, int64_t first, int64_t count, Out* out) const {
-    const In* xb = x + row / P * x_stride;
-    const int64_t k = row % P;
-    by_segment(first, count, out, [&](int64_t i, int64_t s, int64_t steps, Out* to) {
-      combine(xb + s, q, A + (i * P + k) * Q, 1, Q, to, steps);
-    });
+    by_segment(first, count, out, [&](int64_t i, int64_t s, int64_t steps, Out* to) { mix(row, i, s, steps, to); });
   }
 
   // Row b of the input itself, lanes over (l, s).

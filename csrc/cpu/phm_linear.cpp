@@ -182,10 +182,7 @@ void stream(int64_t batch, const Linear<In>& op, const Epilogue& epilogue, const
     for (int64_t row = padded_rows * mixer / mixers; row < padded_rows * (mixer + 1) / mixers; ++row) {
       T* to = mixed.get() + row * depth;
       if (row >= rows) std::fill(to, to + depth, T(0));
-      for (int64_t i = 0; i < op.n && row < rows; ++i) {
-        combine(op.x + row / op.P * op.x_stride, op.q, op.A + (i * op.P + row % op.P) * op.Q, 1, op.Q, to + i * op.q,
-                op.q);
-      }
+      for (int64_t i = 0; i < op.n && row < rows; ++i) op.mix(row, i, 0, op.q, to + i * op.q);
     }
   });
 

@@ -21,7 +21,7 @@ constexpr int kTileRows = 6;  // 12 accumulators of 16 registers
 #endif
 constexpr int kTileVectors = 2;
 
-// A tile's strip of the weight operand (depth kDepth) is half of a 64 KiB L1, a third of a 48 KiB one.
+// A tile's strip of the weight operand (depth kDepth) takes at most two thirds of a 48 KiB L1.
 template <class T>
 constexpr int kDepth = 1024 / int(sizeof(T));
 // A row of a packed block: kDepth entries and one cache line, so that rows do not fall into the same L1 sets.

@@ -140,10 +140,15 @@ def register_weight_grad_autograd(family: Family) -> None:
     register_autograd(LIB, family.weight_grad, backward, setup_context)
 
 
+def weight_grad_fake(grad: Tensor, x: Tensor, A: Tensor, F: Tensor, *geometry: Any) -> tuple[Tensor, Tensor]:
+    return A.new_empty(A.shape), F.new_empty(F.shape)
+
+
 def each_sample(op: Callable, info: Any, in_dims: Sequence[int | None], args: Sequence[Any]) -> Any:
     """vmap over a dimension that the operator cannot fold into its batch: one call a sample, stacked at dimension 0."""
     calls = [
-        op(*(a if d is None else a.select(d, b) for a, d in zip(args, in_dims, strict=True)))
+        # torch gives a list of integers a list of dimensions, all None.
+        op(*(a if d is None or isinstance(a, list) else a.select(d, b) for a, d in zip(args, in_dims, strict=True)))
         for b in range(info.batch_size)
     ]
     if isinstance(calls[0], tuple):

@@ -17,6 +17,7 @@ from ._family import (
     register_forward_autograd,
     register_input_grad_autograd,
     register_weight_grad_autograd,
+    weight_grad_fake,
 )
 
 
@@ -66,10 +67,6 @@ def _input_grad_fake(grad, A, F, input_size, stride, padding, dilation):
     return grad.new_empty(input_size).contiguous(memory_format=phc_conv.memory_format(grad))
 
 
-def _weight_grad_fake(grad, x, A, F, stride, padding, dilation):
-    return A.new_empty(A.shape), F.new_empty(F.shape)
-
-
 def _define(d: int) -> Family:
     name = f"phc_conv{d}d"
     geometry = f"SymInt[{d}] stride, SymInt[{d}] padding, SymInt[{d}] dilation"
@@ -90,7 +87,7 @@ def _define(d: int) -> Family:
         f"{name}_weight_grad(Tensor grad, Tensor x, Tensor A, Tensor F, {geometry}) -> (Tensor, Tensor)",
         reference.phc_conv_weight_grad,
         _weight_grad_cpu,
-        _weight_grad_fake,
+        weight_grad_fake,
     )
     family = Family(forward, input_grad, weight_grad, channel_dim=1)
     register_forward_autograd(family)
@@ -101,8 +98,7 @@ def _define(d: int) -> Family:
     def forward_vmap(info, in_dims, x, A, F, bias, stride, padding, dilation, residual, alpha, activation):
         args = (x, A, F, bias, stride, padding, dilation, residual, alpha, activation)
         if any(in_dims[i] is not None for i in (1, 2, 3, 8)):
-            flat_dims = [None if isinstance(a, list) else dim for a, dim in zip(args, in_dims, strict=True)]
-            return each_sample(forward, info, flat_dims, args)
+            return each_sample(forward, info, in_dims, args)
         x = leading(x, in_dims[0], info.batch_size)
         residual = leading(residual, in_dims[7], info.batch_size)
         folded = None if residual is None else residual.flatten(0, 1)
@@ -113,8 +109,7 @@ def _define(d: int) -> Family:
 
         @torch.library.register_vmap(f"phydi::{name}{suffix}")
         def gradient_vmap(info, in_dims, *args, op=op):
-            flat_dims = [None if isinstance(a, list) else dim for a, dim in zip(args, in_dims, strict=True)]
-            return each_sample(op, info, flat_dims, args)
+            return each_sample(op, info, in_dims, args)
 
     return family
 

@@ -14,6 +14,7 @@ from ._family import (
     leading,
     register_forward_autograd,
     register_weight_grad_autograd,
+    weight_grad_fake,
 )
 
 
@@ -47,10 +48,6 @@ def _weight_grad_cpu(grad: Tensor, x: Tensor, A: Tensor, F: Tensor) -> tuple[Ten
     return cpu.phm_linear_weight_grad(grad, x, A, F, plan)
 
 
-def _weight_grad_fake(grad, x, A, F):
-    return A.new_empty(A.shape), F.new_empty(F.shape)
-
-
 phm_linear = define(
     "phm_linear(Tensor x, Tensor A, Tensor F, Tensor? bias, Tensor? residual, Tensor? alpha, str activation) -> Tensor",
     reference.phm_linear,
@@ -61,7 +58,7 @@ phm_linear_weight_grad = define(
     "phm_linear_weight_grad(Tensor grad, Tensor x, Tensor A, Tensor F) -> (Tensor, Tensor)",
     reference.phm_linear_weight_grad,
     _weight_grad_cpu,
-    _weight_grad_fake,
+    weight_grad_fake,
 )
 
 
