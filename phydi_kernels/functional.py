@@ -2,9 +2,10 @@
 
 Dtypes: all tensors of a call share one of float32, float64, bfloat16, float16; the result has the same. The
 16-bit types are added and multiplied in float32. float16 is rounded once, at the end. In bfloat16, where the
-processor multiplies it, the factors of larger linear calls and of convolutions (entries of H, or of the mixed input
-sum_l A[i,k,l] x_l) are rounded to bfloat16 first, as those of a dense layer are. Under ``torch.autocast`` the arguments
-are cast to its dtype as for ``torch.nn.functional.linear``. Nothing else is cast, and nothing is moved between devices.
+processor multiplies it, the factors of larger linear calls and of convolutions are rounded to bfloat16 first, as those
+of a dense layer are: entries of H, or of the mixed input sum_l A[i,k,l] x_l, or of both factors of the R products of a
+factored layer. Under ``torch.autocast`` the arguments are cast to its dtype as for ``torch.nn.functional.linear``, but
+for U, V and W. Nothing else is cast, and nothing is moved between devices.
 """
 
 from __future__ import annotations
@@ -18,11 +19,27 @@ from torch import Tensor
 from ._check import DTYPES, check_padding, check_per_dimension
 from .kernels.phc_conv import output_size
 from .ops import phc_conv as _phc_conv
+from .ops import phc_conv_factored as _phc_conv_factored
 from .ops import phm_linear as _phm_linear
+from .ops import phm_linear_factored as _phm_linear_factored
+from .ops._autograd import may_skip_dispatch
+from .ops._family import Operator
+from .reference import compute_dtype
 
-__all__ = ["phc_conv1d", "phc_conv2d", "phc_conv3d", "phm_linear"]
+__all__ = [
+    "phc_conv1d",
+    "phc_conv1d_factored",
+    "phc_conv2d",
+    "phc_conv2d_factored",
+    "phc_conv3d",
+    "phc_conv3d_factored",
+    "phm_linear",
+    "phm_linear_factored",
+]
 
 ACTIVATIONS = ("none", "relu")
+_OPTIONAL = frozenset(("U", "bias", "residual", "alpha"))
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
 
 def phm_linear(
@@ -49,7 +66,7 @@ def phm_linear(
         F: the weights ``(n, p, q)``.
         bias: ``(P*p,)``.
         residual: same shape as the result.
-        alpha: one element; a factor on the activated product, 0 at a PHYDI start.
+        alpha: one element, a factor on the activated product, 0 at a PHYDI start; or ``(P*p,)``, one for each output.
         activation: ``"none"`` or ``"relu"``.
 
     Returns:
@@ -60,23 +77,73 @@ def phm_linear(
         TypeError: an argument that is not a tensor, mixed dtypes, or a dtype other than the four above.
         ValueError: shapes or devices that do not fit, or an unknown activation.
     """
-    wider = None  # a residual that autocast leaves in its own dtype
+    return _linear(_phm_linear.OP, x, {"A": A}, F, bias, residual, alpha, activation)
+
+
+def phm_linear_factored(
+    x: Tensor,
+    U: Tensor | None,
+    V: Tensor,
+    W: Tensor,
+    F: Tensor,
+    bias: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    alpha: Tensor | None = None,
+    activation: str = "none",
+) -> Tensor:
+    r""":func:`phm_linear` with an algebra of R terms: R block products of p x q in place of P*Q.
+
+    .. math:: H = \sum_i A_i \otimes F_i, \quad A_{ikl} = \sum_{r=1}^R U_{ri} V_{rk} W_{rl}, \qquad
+              (H x)_k = \sum_r V_{rk} \Bigl(\sum_i U_{ri} F_i\Bigr) \Bigl(\sum_l W_{rl} x_l\Bigr)
+
+    with y = residual + alpha * act(H x + bias). Forward and backward take R/(P*Q) of the dense layer's multiplications;
+    small batches take another plan where that is faster. ``algebra.decompose`` gives U, V, W for a given A.
+
+    Args:
+        x: input ``(..., Q*q)``.
+        U: ``(R, n)``, or None if F holds the R combined weights ``sum_i U[r, i] F_i`` already.
+        V: ``(R, P)``.
+        W: ``(R, Q)``.
+        F: the weights ``(n, p, q)``; ``(R, p, q)`` without U.
+        bias, residual, alpha, activation: as in :func:`phm_linear`.
+
+    Returns:
+        ``(..., P*p)``, contiguous, dtype and device of ``x``.
+
+    Raises:
+        TypeError, ValueError: as :func:`phm_linear`; U, V and W may also be float32 where the others are of a 16-bit
+            type (autocast leaves them as they are), and must have the same R.
+    """
+    return _linear(_phm_linear_factored.OP, x, {"U": U, "V": V, "W": W}, F, bias, residual, alpha, activation)
+
+
+def _linear(
+    op: Operator,
+    x: Tensor,
+    algebra: dict[str, Any],
+    F: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    alpha: Tensor | None,
+    activation: str,
+) -> Tensor:
     if _autocast_enabled(x):
-        x, A, F, bias, alpha = _autocast(x, A, F, bias, alpha)
-        if _is_wider(residual, x):
-            wider, residual = residual, None
-    out_features, in_features = _check(x, A, F, bias, residual, alpha, activation, spatial=0)
+        x, algebra, F, bias, alpha = _autocast(x, algebra, F, bias, alpha)
+        wider = _is_wider(residual, x)
+        with torch.autocast(x.device.type, enabled=False):  # or it would reach into the operator
+            y = _linear(op, x, algebra, F, bias, None if wider else residual, alpha, activation)
+        return _add_wider(residual, y) if wider else y
+    out_features, in_features, plain = _check(x, algebra, F, bias, residual, alpha, activation, spatial=0)
     shape = x.shape
     if not shape or shape[-1] != in_features:
         raise ValueError(
-            f"x has shape {tuple(shape)}; its last dimension must be Q*q = {in_features} "
-            f"for A {tuple(A.shape)} and F {tuple(F.shape)}"
+            f"x has shape {tuple(shape)}; its last dimension must be Q*q = {in_features} for {_shapes(algebra, F)}"
         )
-    given = residual if wider is None else wider
-    if given is not None:
-        _check_residual(given, (*shape[:-1], out_features))
-    y = _phm_linear.phm_linear(x, A, F, bias, residual, alpha, activation)
-    return y if wider is None else wider + y
+    if residual is not None:
+        _check_residual(residual, (*shape[:-1], out_features))
+    call = op.on_cpu if plain and may_skip_dispatch() else op.dispatched
+    return call(x, *algebra.values(), F, bias, residual, alpha, activation)
 
 
 def phc_conv1d(
@@ -93,7 +160,8 @@ def phc_conv1d(
     activation: str = "none",
 ) -> Tensor:
     r"""Parameterized hypercomplex convolution in one dimension: :func:`phc_conv2d` with one spatial dimension."""
-    return _conv(1, x, A, F, bias, stride, padding, dilation, residual, alpha, activation)
+    op = _phc_conv.OPS[1].forward
+    return _conv(1, op, x, {"A": A}, F, bias, stride, padding, dilation, residual, alpha, activation)
 
 
 def phc_conv2d(
@@ -125,7 +193,7 @@ def phc_conv2d(
         bias: ``(P*p,)``.
         stride, padding, dilation: as in :func:`torch.nn.functional.conv2d`; padding also ``"valid"`` or ``"same"``.
         residual: same shape as the result.
-        alpha: one element.
+        alpha: one element, or ``(P*p,)``, one for each output channel.
         activation: ``"none"`` or ``"relu"``.
 
     Returns:
@@ -135,7 +203,8 @@ def phc_conv2d(
         TypeError: an argument that is not a tensor, mixed dtypes, or a dtype other than the four above.
         ValueError: shapes, devices, strides, paddings or dilations that do not fit, or an unknown activation.
     """
-    return _conv(2, x, A, F, bias, stride, padding, dilation, residual, alpha, activation)
+    op = _phc_conv.OPS[2].forward
+    return _conv(2, op, x, {"A": A}, F, bias, stride, padding, dilation, residual, alpha, activation)
 
 
 def phc_conv3d(
@@ -152,13 +221,96 @@ def phc_conv3d(
     activation: str = "none",
 ) -> Tensor:
     r"""Parameterized hypercomplex convolution in three dimensions: :func:`phc_conv2d` with three spatial dimensions."""
-    return _conv(3, x, A, F, bias, stride, padding, dilation, residual, alpha, activation)
+    op = _phc_conv.OPS[3].forward
+    return _conv(3, op, x, {"A": A}, F, bias, stride, padding, dilation, residual, alpha, activation)
+
+
+def phc_conv1d_factored(
+    x: Tensor,
+    U: Tensor | None,
+    V: Tensor,
+    W: Tensor,
+    F: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | str = 0,
+    dilation: int | Sequence[int] = 1,
+    *,
+    residual: Tensor | None = None,
+    alpha: Tensor | None = None,
+    activation: str = "none",
+) -> Tensor:
+    """:func:`phc_conv2d_factored` with one spatial dimension."""
+    algebra = {"U": U, "V": V, "W": W}
+    op = _phc_conv_factored.OPS[1].forward
+    return _conv(1, op, x, algebra, F, bias, stride, padding, dilation, residual, alpha, activation)
+
+
+def phc_conv2d_factored(
+    x: Tensor,
+    U: Tensor | None,
+    V: Tensor,
+    W: Tensor,
+    F: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | str = 0,
+    dilation: int | Sequence[int] = 1,
+    *,
+    residual: Tensor | None = None,
+    alpha: Tensor | None = None,
+    activation: str = "none",
+) -> Tensor:
+    r""":func:`phc_conv2d` with an algebra of R terms: R convolutions of p x q channels in place of P*Q.
+
+    .. math:: H = \sum_i A_i \otimes F_i, \quad A_{ikl} = \sum_{r=1}^R U_{ri} V_{rk} W_{rl}, \qquad
+              (H * x)_k = \sum_r V_{rk} \Bigl(\sum_i U_{ri} F_i\Bigr) * \Bigl(\sum_l W_{rl} x_l\Bigr)
+
+    Args:
+        x: input ``(B, Q*q, height, width)`` or ``(Q*q, height, width)``.
+        U: ``(R, n)``, or None if F holds the R combined filters ``sum_i U[r, i] F_i`` already.
+        V: ``(R, P)``.
+        W: ``(R, Q)``.
+        F: the filters ``(n, p, q, kernel_height, kernel_width)``; ``(R, p, q, ...)`` without U.
+        bias, stride, padding, dilation, residual, alpha, activation: as in :func:`phc_conv2d`.
+
+    Returns:
+        ``(B, P*p, out_height, out_width)``, dtype and device of ``x``.
+
+    Raises:
+        TypeError, ValueError: as :func:`phc_conv2d`, and as :func:`phm_linear_factored` for U, V and W.
+    """
+    algebra = {"U": U, "V": V, "W": W}
+    op = _phc_conv_factored.OPS[2].forward
+    return _conv(2, op, x, algebra, F, bias, stride, padding, dilation, residual, alpha, activation)
+
+
+def phc_conv3d_factored(
+    x: Tensor,
+    U: Tensor | None,
+    V: Tensor,
+    W: Tensor,
+    F: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | str = 0,
+    dilation: int | Sequence[int] = 1,
+    *,
+    residual: Tensor | None = None,
+    alpha: Tensor | None = None,
+    activation: str = "none",
+) -> Tensor:
+    """:func:`phc_conv2d_factored` with three spatial dimensions."""
+    algebra = {"U": U, "V": V, "W": W}
+    op = _phc_conv_factored.OPS[3].forward
+    return _conv(3, op, x, algebra, F, bias, stride, padding, dilation, residual, alpha, activation)
 
 
 def _conv(
     d: int,
+    op: Any,
     x: Tensor,
-    A: Tensor,
+    algebra: dict[str, Any],
     F: Tensor,
     bias: Tensor | None,
     stride: int | Sequence[int],
@@ -168,16 +320,18 @@ def _conv(
     alpha: Tensor | None,
     activation: str,
 ) -> Tensor:
-    wider = None  # a residual that autocast leaves in its own dtype
     if _autocast_enabled(x):
-        x, A, F, bias, alpha = _autocast(x, A, F, bias, alpha)
-        if _is_wider(residual, x):
-            wider, residual = residual, None
-    out_channels, channels = _check(x, A, F, bias, residual, alpha, activation, spatial=d)
+        x, algebra, F, bias, alpha = _autocast(x, algebra, F, bias, alpha)
+        wider = _is_wider(residual, x)
+        geometry = (stride, padding, dilation)
+        with torch.autocast(x.device.type, enabled=False):  # or it would reach into the operator
+            y = _conv(d, op, x, algebra, F, bias, *geometry, None if wider else residual, alpha, activation)
+        return _add_wider(residual, y) if wider else y
+    out_channels, channels, _ = _check(x, algebra, F, bias, residual, alpha, activation, spatial=d)
     if x.dim() not in (d + 1, d + 2) or x.shape[-d - 1] != channels:
         raise ValueError(
             f"x has shape {tuple(x.shape)}; it must be (batch, {channels}{', size' * d}) or "
-            f"({channels}{', size' * d}), with Q*q = {channels} channels for A {tuple(A.shape)} and F {tuple(F.shape)}"
+            f"({channels}{', size' * d}), with Q*q = {channels} channels for {_shapes(algebra, F)}"
         )
     stride = list(check_per_dimension("stride", stride, d, least=1))
     dilation = list(check_per_dimension("dilation", dilation, d, least=1))
@@ -195,16 +349,14 @@ def _conv(
             f"x of spatial size {tuple(x.shape[-d:])} with padding {tuple(padding)} is smaller than "
             f"the dilated kernel {tuple(e * (k - 1) + 1 for e, k in zip(dilation, kernel, strict=True))}"
         )
-    given = residual if wider is None else wider
-    if given is not None:
-        _check_residual(given, (*x.shape[: -d - 1], out_channels, *size))
+    if residual is not None:
+        _check_residual(residual, (*x.shape[: -d - 1], out_channels, *size))
     batched = x.dim() == d + 2
     if not batched:
         x = x.unsqueeze(0)
         residual = None if residual is None else residual.unsqueeze(0)
-    y = _phc_conv.OPS[d].forward(x, A, F, bias, stride, padding, dilation, residual, alpha, activation)
-    y = y if batched else y.squeeze(0)
-    return y if wider is None else wider + y
+    y = op(x, *algebra.values(), F, bias, stride, padding, dilation, residual, alpha, activation)
+    return y if batched else y.squeeze(0)
 
 
 def _autocast_enabled(x: Tensor) -> bool:
@@ -214,13 +366,19 @@ def _autocast_enabled(x: Tensor) -> bool:
     return device != "meta" and torch.is_autocast_enabled(device)  # torch knows no autocast for meta tensors
 
 
-def _autocast(*tensors: Tensor | None) -> list[Any]:
-    """Casts what torch's own autocast would: floating tensors that are not float64."""
-    dtype = torch.get_autocast_dtype(next(t for t in tensors if t is not None).device.type)
-    return [
-        t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t
-        for t in tensors
-    ]
+def _autocast(x: Tensor, algebra: dict[str, Any], *tensors: Any) -> list[Any]:
+    """Casts what torch's own autocast would: floating tensors that are not float64. U, V and W stay float32."""
+    dtype = torch.get_autocast_dtype(x.device.type)
+
+    def cast(t: Any) -> Any:
+        casts = isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64
+        return t.to(dtype) if casts and t.dtype != dtype else t
+
+    kept = compute_dtype(dtype)
+    cast_algebra = {
+        name: t if name != "A" and isinstance(t, Tensor) and t.dtype == kept else cast(t) for name, t in algebra.items()
+    }
+    return [cast(x), cast_algebra, *(cast(t) for t in tensors)]
 
 
 def _is_wider(residual: Any, x: Tensor) -> bool:
@@ -233,50 +391,118 @@ def _is_wider(residual: Any, x: Tensor) -> bool:
     )
 
 
+def _add_wider(residual: Tensor, y: Tensor) -> Tensor:
+    """The residual that autocast leaves in its own dtype."""
+    _check_residual(residual, y.shape)
+    return residual + y
+
+
 def _check_residual(residual: Tensor, shape: Sequence[int]) -> None:
     if residual.shape != shape:
         raise ValueError(f"residual has shape {tuple(residual.shape)}; it must be the result's {tuple(shape)}")
 
 
+def _shapes(algebra: dict[str, Any], F: Tensor) -> str:
+    return " and ".join(f"{name} {tuple(t.shape)}" for name, t in (*algebra.items(), ("F", F)) if t is not None)
+
+
 def _check(
     x: Tensor,
-    A: Tensor,
+    algebra: dict[str, Any],
     F: Tensor,
     bias: Tensor | None,
     residual: Tensor | None,
     alpha: Tensor | None,
     activation: str,
     spatial: int,
-) -> tuple[int, int]:
-    """Checks what linear layers and convolutions share; returns (P*p, Q*q)."""
+) -> tuple[int, int, bool]:
+    """Checks what linear layers and convolutions share; returns (P*p, Q*q, all are plain tensors on the CPU)."""
+    dtype = x.dtype
+    tensors = {**algebra, "F": F, "bias": bias, "residual": residual, "alpha": alpha}
+    # The common case in few lookups, and the reasons only where it does not hold: this runs at each call.
+    plain = dtype in DTYPES
+    for name, t in (("x", x), *tensors.items()):
+        if t is None:
+            plain = plain and name in _OPTIONAL
+        elif not (
+            type(t) in _PLAIN and t.dtype is dtype and t.is_cpu and t.layout is torch.strided and not t.is_nested
+        ):
+            plain = False
+    if not plain:
+        plain = _check_tensors(x, tensors)
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation={activation!r} is not one of {', '.join(map(repr, ACTIVATIONS))}")
+    f = F.shape
+    if len(f) != 3 + spatial:
+        raise ValueError(f"F has shape {tuple(f)}; it must be (n, p, q{', kernel' * spatial})")
+    P, Q = _check_algebra(F=F, **algebra) if "A" in algebra else _check_terms(F=F, **algebra)
+    if 0 in f:
+        raise ValueError(f"F {tuple(f)} must not have an empty dimension")
+    out_features, in_features = P * f[1], Q * f[2]
+    if bias is not None and bias.shape != (out_features,):
+        raise ValueError(f"bias has shape {tuple(bias.shape)}; it must be (P*p,) = ({out_features},)")
+    if alpha is not None and alpha.numel() != 1 and alpha.shape != (out_features,):
+        raise ValueError(
+            f"alpha has shape {tuple(alpha.shape)}; it must hold one element, or be (P*p,) = ({out_features},)"
+        )
+    return out_features, in_features, plain
+
+
+def _check_tensors(x: Tensor, others: dict[str, Any]) -> bool:
+    """Types, layouts, dtypes and devices; returns whether all are plain tensors on the CPU."""
     dtype, device = x.dtype, x.device
     if dtype not in DTYPES:
         raise TypeError(f"x has dtype {dtype}; allowed are {', '.join(str(d) for d in DTYPES)}")
-    for name, t in (("x", x), ("A", A), ("F", F), ("bias", bias), ("residual", residual), ("alpha", alpha)):
-        if t is None and name in ("bias", "residual", "alpha"):
+    plain = x.is_cpu
+    for name, t in (("x", x), *others.items()):
+        if t is None and name in _OPTIONAL:
             continue
         if not isinstance(t, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, not {type(t).__name__}")
         if t.layout is not torch.strided or t.is_nested:
             raise TypeError(f"{name} is nested or has layout {t.layout}; it must be a dense tensor")
         if t.dtype is not dtype:
-            raise TypeError(f"{name} has dtype {t.dtype} but x has {dtype}; all tensors of a call share one dtype")
+            if name not in ("U", "V", "W"):
+                raise TypeError(f"{name} has dtype {t.dtype} but x has {dtype}; all tensors of a call share one dtype")
+            if t.dtype is not compute_dtype(dtype):
+                allowed = " or ".join(map(str, dict.fromkeys((dtype, compute_dtype(dtype)))))
+                raise TypeError(f"{name} has dtype {t.dtype}; beside x of dtype {dtype} it must have {allowed}")
         if t.device != device:
             raise ValueError(f"{name} is on {t.device} but x is on {device}; all tensors of a call share one device")
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation={activation!r} is not one of {', '.join(map(repr, ACTIVATIONS))}")
-    a, f = A.shape, F.shape
+        plain = plain and type(t) in _PLAIN
+    return plain
+
+
+def _check_algebra(F: Tensor, A: Tensor) -> tuple[int, int]:
+    """(P, Q) of A (n, P, Q)."""
+    a = A.shape
     if len(a) != 3:
         raise ValueError(f"A has shape {tuple(a)}; it must be (n, P, Q)")
-    if len(f) != 3 + spatial:
-        raise ValueError(f"F has shape {tuple(f)}; it must be (n, p, q{', kernel' * spatial})")
-    if a[0] != f[0]:
-        raise ValueError(f"A {tuple(a)} and F {tuple(f)} must have the same number of terms n (first dimension)")
-    if 0 in a or 0 in f:
-        raise ValueError(f"A {tuple(a)} and F {tuple(f)} must not have an empty dimension")
-    out_features, in_features = a[1] * f[1], a[2] * f[2]
-    if bias is not None and bias.shape != (out_features,):
-        raise ValueError(f"bias has shape {tuple(bias.shape)}; it must be (P*p,) = ({out_features},)")
-    if alpha is not None and alpha.numel() != 1:
-        raise ValueError(f"alpha has shape {tuple(alpha.shape)}; it must hold one element")
-    return out_features, in_features
+    if a[0] != F.shape[0]:
+        raise ValueError(f"A {tuple(a)} and F {tuple(F.shape)} must have the same number of terms n (first dimension)")
+    if 0 in a:
+        raise ValueError(f"A {tuple(a)} must not have an empty dimension")
+    return a[1], a[2]
+
+
+def _check_terms(F: Tensor, U: Tensor | None, V: Tensor, W: Tensor) -> tuple[int, int]:
+    """(P, Q) of U (R, n), V (R, P), W (R, Q)."""
+    n, v, w = F.shape[0], V.shape, W.shape
+    u = (n, n) if U is None else U.shape
+    if not (len(u) == len(v) == len(w) == 2 and u[0] == v[0] == w[0] and u[1] == n and 0 not in (*v, *w)):
+        _raise_terms(F, U, V, W)
+    return v[1], w[1]
+
+
+def _raise_terms(F: Tensor, U: Tensor | None, V: Tensor, W: Tensor) -> None:
+    n = F.shape[0]
+    given = {"V": V, "W": W} if U is None else {"U": U, "V": V, "W": W}
+    for name, t in given.items():
+        if t.dim() != 2 or 0 in t.shape:
+            size = {"U": "n", "V": "P", "W": "Q"}[name]
+            raise ValueError(f"{name} has shape {tuple(t.shape)}; it must be (R, {size}), not empty")
+    if len({len(t) for t in given.values()}) > 1:
+        raise ValueError(f"{_shapes(given, F)}: U, V and W must have the same number of rows R")
+    if U is None:
+        raise ValueError(f"F {tuple(F.shape)} must have the R = {len(V)} terms of V and W where U is None")
+    raise ValueError(f"U {tuple(U.shape)} must have a column for each of the n = {n} terms of F {tuple(F.shape)}")

@@ -6,6 +6,7 @@ They build the dense weight H = sum_i A_i (x) F_i. Half-precision inputs are com
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,6 +27,10 @@ def _up(*tensors: Tensor | None) -> list[Any]:
     return [None if t is None else t.to(compute_dtype(t.dtype)) for t in tensors]
 
 
+def _like(arguments: Sequence[Tensor], *results: Tensor) -> Any:
+    return tuple(t.to(a.dtype).contiguous() for a, t in zip(arguments, results, strict=True))
+
+
 def dense_weight(A: Tensor, F: Tensor) -> Tensor:
     """H = sum_i A_i (x) F_i (PHYDI Eq. 1). A (n, P, Q), F (n, p, q, *kernel) -> (P*p, Q*q, *kernel)."""
     n, P, Q = A.shape
@@ -44,11 +49,26 @@ def split_weight_grad(G: Tensor, A: Tensor, F: Tensor) -> tuple[Tensor, Tensor]:
     return dA, dF.reshape(F.shape)
 
 
-def epilogue(h: Tensor, residual: Tensor | None, alpha: Tensor | None, activation: str) -> Tensor:
-    """residual + alpha * act(h)."""
+def structure(U: Tensor | None, V: Tensor, W: Tensor) -> Tensor:
+    """A[i,k,l] = sum_r U[r,i] V[r,k] W[r,l] from U (R, n), V (R, P), W (R, Q); without U, A[r,k,l] = V[r,k] W[r,l]."""
+    if U is None:
+        return V.unsqueeze(2) * W.unsqueeze(1)
+    return torch.einsum("ri,rk,rl->ikl", U, V, W)
+
+
+def split_structure_grad(dA: Tensor, U: Tensor, V: Tensor, W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(dU, dV, dW) from the gradient of A = structure(U, V, W)."""
+    dU = torch.einsum("ikl,rk,rl->ri", dA, V, W)
+    dV = torch.einsum("ikl,ri,rl->rk", dA, U, W)
+    dW = torch.einsum("ikl,ri,rk->rl", dA, U, V)
+    return dU, dV, dW
+
+
+def epilogue(h: Tensor, residual: Tensor | None, alpha: Tensor | None, activation: str, spatial: int = 0) -> Tensor:
+    """residual + alpha * act(h), alpha for all of h (..., channels, *spatial) or for each channel."""
     y = torch.relu(h) if activation == "relu" else h
     if alpha is not None:
-        y = y * alpha.reshape(())
+        y = y * (alpha.reshape(()) if alpha.numel() == 1 else alpha.view(-1, *[1] * spatial))
     return y if residual is None else residual + y
 
 
@@ -77,6 +97,35 @@ def phm_linear_weight_grad(grad: Tensor, x: Tensor, A: Tensor, F: Tensor) -> tup
     return dA.to(dtype).contiguous(), dF.to(dtype).contiguous()
 
 
+def phm_linear_factored(
+    x: Tensor,
+    U: Tensor | None,
+    V: Tensor,
+    W: Tensor,
+    F: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    alpha: Tensor | None = None,
+    activation: str = "none",
+) -> Tensor:
+    """phm_linear with A = structure(U, V, W)."""
+    dtype = x.dtype
+    x, U, V, W, F, bias, residual, alpha = _up(x, U, V, W, F, bias, residual, alpha)
+    return phm_linear(x, structure(U, V, W), F, bias, residual, alpha, activation).to(dtype)
+
+
+def phm_linear_factored_grad(
+    grad: Tensor, x: Tensor, U: Tensor, V: Tensor, W: Tensor, F: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(dx, dU, dV, dW, dF) of <grad, x H^T>."""
+    arguments = (x, U, V, W, F)
+    grad, x, U, V, W, F = _up(grad, *arguments)
+    A = structure(U, V, W)
+    dx = torch.nn.functional.linear(grad, dense_weight(A, F).t())
+    dA, dF = phm_linear_weight_grad(grad, x, A, F)
+    return _like(arguments, dx, *split_structure_grad(dA, U, V, W), dF)
+
+
 def phc_conv(
     x: Tensor,
     A: Tensor,
@@ -93,7 +142,7 @@ def phc_conv(
     dtype = x.dtype
     x, A, F, bias, residual, alpha = _up(x, A, F, bias, residual, alpha)
     h = _CONV[F.dim() - 3](x, dense_weight(A, F), bias, stride, padding, dilation)
-    return epilogue(h, residual, alpha, activation).to(dtype)
+    return epilogue(h, residual, alpha, activation, spatial=F.dim() - 3).to(dtype)
 
 
 def phc_conv_input_grad(
@@ -122,3 +171,61 @@ def phc_conv_weight_grad(
     G = _CONV_WEIGHT[F.dim() - 3](x, size, grad, stride, padding, dilation)
     dA, dF = split_weight_grad(G, A, F)
     return dA.to(dtype).contiguous(), dF.to(dtype).contiguous()
+
+
+def phc_conv_factored(
+    x: Tensor,
+    U: Tensor | None,
+    V: Tensor,
+    W: Tensor,
+    F: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    residual: Tensor | None = None,
+    alpha: Tensor | None = None,
+    activation: str = "none",
+) -> Tensor:
+    """phc_conv with A = structure(U, V, W)."""
+    dtype = x.dtype
+    x, U, V, W, F, bias, residual, alpha = _up(x, U, V, W, F, bias, residual, alpha)
+    A = structure(U, V, W)
+    return phc_conv(x, A, F, bias, stride, padding, dilation, residual, alpha, activation).to(dtype)
+
+
+def phc_conv_factored_input_grad(
+    grad: Tensor,
+    U: Tensor | None,
+    V: Tensor,
+    W: Tensor,
+    F: Tensor,
+    input_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+) -> Tensor:
+    """d<grad, conv(x, H)>/dx, of size input_size."""
+    dtype = grad.dtype
+    grad, U, V, W, F = _up(grad, U, V, W, F)
+    return phc_conv_input_grad(grad, structure(U, V, W), F, input_size, stride, padding, dilation).to(dtype)
+
+
+def phc_conv_factored_grad(
+    grad: Tensor,
+    x: Tensor,
+    U: Tensor,
+    V: Tensor,
+    W: Tensor,
+    F: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(dx, dU, dV, dW, dF) of <grad, conv(x, H)>."""
+    arguments = (x, U, V, W, F)
+    grad, x, U, V, W, F = _up(grad, *arguments)
+    A = structure(U, V, W)
+    dx = phc_conv_input_grad(grad, A, F, list(x.shape), stride, padding, dilation)
+    dA, dF = phc_conv_weight_grad(grad, x, A, F, stride, padding, dilation)
+    return _like(arguments, dx, *split_structure_grad(dA, U, V, W), dF)

@@ -43,3 +43,14 @@ def register_autograd(library: torch.library.Library, op: Any, backward: Callabl
         return forward(*args)
 
     library.impl(op.name().split("::")[1], kernel, "Autograd")
+
+
+def may_skip_dispatch() -> bool:
+    """Whether nothing but a kernel would see a call of an operator: no recording, transform, mode or tracing."""
+    return not (
+        torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or forward_ad._current_level >= 0
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )

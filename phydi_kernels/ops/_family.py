@@ -2,17 +2,18 @@
 
 Each operator is the gradient of one form that is linear in every argument,
 
-    T(grad, x, A, F) = <grad, H(A, F) applied to x>,      H = sum_i A_i (x) F_i,
+    T(grad, x, *factors) = <grad, H(factors) applied to x>,
 
-so its derivatives are operators of the same family: forward = dT/dgrad, input_grad = dT/dx and
-weight_grad = (dT/dA, dT/dF). The backward of each is written with these three, and second derivatives follow.
+with factors (A, F), H = sum_i A_i (x) F_i, or (U, V, W, F), the same with A[i,k,l] = sum_r U[r,i] V[r,k] W[r,l]. So its
+derivatives are operators of the same family: forward = dT/dgrad, input_grad = dT/dx, and one that gives several of them
+at once. The backward of each is written with these, and second derivatives follow.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,23 +22,54 @@ from ._autograd import register_autograd
 
 LIB = torch.library.Library("phydi", "DEF")
 
+Factors = Sequence[Tensor | None]
+
 
 @dataclass(frozen=True)
 class Family:
-    """The three operators of one layer, and the dimension of its results that holds features or channels.
+    """The operators of one layer.
 
-    Their arguments ``geometry`` are stride, padding and dilation, or nothing for linear layers.
+    Attributes:
+        forward: the operator (x, *factors, bias, *geometry, residual, alpha, activation).
+        gradients: (grad, x, factors, geometry, of_x, of_factors) -> (dT/dx, *dT/dfactors), with anything in the
+            places that are not asked for; without of_factors these may be missing.
+        channel_dim: the dimension of results that holds features or channels.
+        factors: their number. A factor that is None stands for an identity and has no gradient.
+
+    ``geometry`` is stride, padding and dilation, or nothing for linear layers.
     """
 
     forward: Callable[..., Tensor]
-    input_grad: Callable[..., Tensor]
-    weight_grad: Callable[..., tuple[Tensor, Tensor]]
+    gradients: Callable[..., tuple[Tensor | None, ...]]
     channel_dim: int
+    factors: int
 
-    def bias_grad(self, grad: Tensor) -> Tensor:
+    def per_channel_sum(self, grad: Tensor) -> Tensor:
         channel = self.channel_dim % grad.dim()
         others = [d for d in range(grad.dim()) if d != channel]
         return grad.sum(others) if others else grad  # torch takes a sum over no dimensions for one over all
+
+    def per_channel(self, t: Tensor, dims: int) -> Tensor:
+        channel = self.channel_dim % dims
+        return t.view([-1 if d == channel else 1 for d in range(dims)])
+
+    def form_gradients(self, arguments: Factors, geometry: Sequence[Any], need: Sequence[bool]) -> list[Tensor | None]:
+        """The gradients of T in those of its ``arguments`` (grad, x, *factors) that are needed."""
+        grad, x, *factors = arguments
+        result: list[Tensor | None] = [None] * len(arguments)
+        if need[0]:
+            result[0] = self.forward(x, *factors, None, *geometry, None, None, "none")
+        if any(need[1:]):
+            rest = self.gradients(grad, x, factors, geometry, need[1], any(need[2:]))
+            result[1 : 1 + len(rest)] = rest
+        return [g if needed else None for g, needed in zip(result, need, strict=True)]
+
+
+class Operator(NamedTuple):
+    """An operator as torch dispatches it, and its implementation on the CPU: half of a small call is dispatching."""
+
+    dispatched: Callable[..., Tensor]
+    on_cpu: Callable[..., Tensor]
 
 
 def define(schema: str, implementation: Callable, cpu: Callable, fake: Callable) -> Any:
@@ -50,98 +82,118 @@ def define(schema: str, implementation: Callable, cpu: Callable, fake: Callable)
 
 
 def register_forward_autograd(family: Family) -> None:
-    """forward(x, A, F, bias, *geometry, residual, alpha, activation) = residual + alpha * act(H x + bias)."""
+    """forward(x, *factors, bias, *geometry, residual, alpha, activation) = residual + alpha * act(H x + bias)."""
+    count = family.factors
 
     def setup_context(ctx, inputs, output):
-        x, A, F, bias, *geometry, residual, alpha, activation = inputs
+        x, *rest = inputs
+        factors, (bias, *geometry, residual, alpha, activation) = rest[:count], rest[count:]
         ctx.geometry, ctx.activation = geometry, activation
         ctx.plain = alpha is None and residual is None
         saved_output = output if activation == "relu" and ctx.plain else None
-        ctx.save_for_backward(x, A, F, bias, alpha, saved_output)
+        ctx.save_for_backward(x, *factors, bias, alpha, saved_output)
 
     def backward(ctx, grad):
-        x, A, F, bias, alpha, y = ctx.saved_tensors
-        need = ctx.needs_input_grad
-        need_alpha = need[-2]
-        d_residual = grad if need[-3] else None
+        x, *factors, bias, alpha, y = ctx.saved_tensors
+        need_x, *need_factors = ctx.needs_input_grad[: 1 + count]
+        need_bias = ctx.needs_input_grad[1 + count]
+        need_residual, need_alpha, _ = ctx.needs_input_grad[-3:]
+        d_residual = grad if need_residual else None
         d_alpha = None
-        if ctx.activation == "relu":
+        channel_alpha = alpha is not None and alpha.numel() > 1
+        if ctx.activation == "relu" or (channel_alpha and need_alpha):
             # Saving act(h) beside y would cost an output-sized tensor per layer; it is computed again instead.
-            z = y if ctx.plain else family.forward(x, A, F, bias, *ctx.geometry, None, None, "relu")
+            z = y
+            if not (ctx.plain and ctx.activation == "relu"):
+                z = family.forward(x, *factors, bias, *ctx.geometry, None, None, ctx.activation)
             if need_alpha:
-                d_alpha = (grad * z).sum().reshape(alpha.shape)
-            grad = torch.ops.aten.threshold_backward(grad, z, 0)
+                d_alpha = family.per_channel_sum(grad * z) if channel_alpha else (grad * z).sum().reshape(alpha.shape)
+            if ctx.activation == "relu":
+                grad = torch.ops.aten.threshold_backward(grad, z, 0)
             del z
-        scale = None if alpha is None else alpha.reshape(())
-        d_x = d_A = d_F = d_bias = None
-        if need[0]:
-            # alpha rides on A, the smallest factor, instead of a pass over the input's gradient.
-            d_x = family.input_grad(grad, A if scale is None else A * scale, F, x.shape, *ctx.geometry)
-        alpha_by_euler = need_alpha and d_alpha is None
-        if need[1] or need[2] or alpha_by_euler:
-            d_A, d_F = family.weight_grad(grad, x, A, F, *ctx.geometry)
-        if bias is not None and (need[3] or alpha_by_euler):
-            d_bias = family.bias_grad(grad)
-        if alpha_by_euler:
-            # Euler: <grad, H x> = <F, dT/dF>, so the product H x need not be kept for alpha's gradient.
-            d_alpha = (F * d_F).sum()
+        if channel_alpha:
+            grad = grad * family.per_channel(alpha, grad.dim())
+            alpha = None
+        by_euler = need_alpha and d_alpha is None
+        # alpha rides on the first factor, a small one, instead of a pass over the input's gradient.
+        carrier = next(i for i, factor in enumerate(factors) if factor is not None)
+        scaled, scale = list(factors), None
+        if alpha is not None:
+            scale = alpha.reshape(())
+            scaled[carrier] = scaled[carrier] * scale.to(scaled[carrier].dtype)
+        d_bias = family.per_channel_sum(grad) if bias is not None and (need_bias or by_euler) else None
+        need = [False, need_x, *need_factors]
+        need[2 + carrier] |= by_euler
+        _, d_x, *d_factors = family.form_gradients((grad, x, *scaled), ctx.geometry, need)
+        if by_euler:
+            # Euler: <grad, H x> = <A, dT/dA>, so the product H x need not be kept for alpha's gradient.
+            d_alpha = (factors[carrier] * d_factors[carrier]).sum()
             if bias is not None:
                 d_alpha = d_alpha + (bias * d_bias).sum()
-            d_alpha = d_alpha.reshape(alpha.shape)
+            d_alpha = d_alpha.to(alpha.dtype).reshape(alpha.shape)
         if scale is not None:
-            d_A, d_F, d_bias = (None if d is None else d * scale for d in (d_A, d_F, d_bias))
-        return (d_x, d_A, d_F, d_bias, *[None] * len(ctx.geometry), d_residual, d_alpha, None)
+            if d_factors[carrier] is not None:
+                d_factors[carrier] = d_factors[carrier] * scale.to(d_factors[carrier].dtype)
+            d_bias = None if d_bias is None else d_bias * scale
+        return (d_x, *d_factors, d_bias, *[None] * len(ctx.geometry), d_residual, d_alpha, None)
 
     register_autograd(LIB, family.forward, backward, setup_context)
 
 
-def register_input_grad_autograd(family: Family) -> None:
-    """input_grad(grad, A, F, input_size, *geometry) = dT/dx; with v for its gradient, S = T(grad, v, A, F)."""
+def register_input_grad_autograd(family: Family, op: Any) -> None:
+    """op(grad, *factors, input_size, *geometry) = dT/dx; with v for its gradient, S = T(grad, v, *factors)."""
+    count = family.factors
 
     def setup_context(ctx, inputs, output):
-        grad, A, F, _, *ctx.geometry = inputs
-        ctx.save_for_backward(grad, A, F)
+        grad, *rest = inputs
+        ctx.geometry = rest[count + 1 :]
+        ctx.save_for_backward(grad, *rest[:count])
 
     def backward(ctx, v):
-        grad, A, F = ctx.saved_tensors
-        d_grad = d_A = d_F = None
-        if ctx.needs_input_grad[0]:
-            d_grad = family.forward(v, A, F, None, *ctx.geometry, None, None, "none")
-        if any(ctx.needs_input_grad[1:3]):
-            d_A, d_F = family.weight_grad(grad, v, A, F, *ctx.geometry)
-        return (d_grad, d_A, d_F, None, *[None] * len(ctx.geometry))
+        grad, *factors = ctx.saved_tensors
+        need_grad, *need_factors = ctx.needs_input_grad[: 1 + count]
+        d_grad, _, *d_factors = family.form_gradients(
+            (grad, v, *factors), ctx.geometry, [need_grad, False, *need_factors]
+        )
+        return (d_grad, *d_factors, None, *[None] * len(ctx.geometry))
 
-    register_autograd(LIB, family.input_grad, backward, setup_context)
+    register_autograd(LIB, op, backward, setup_context)
 
 
-def register_weight_grad_autograd(family: Family) -> None:
-    """weight_grad(grad, x, A, F) = (dT/dA, dT/dF); with gradients (a, f), S = T(grad, x, a, F) + T(grad, x, A, f)."""
+def register_gradients_autograd(family: Family, op: Any, slots: Sequence[int]) -> None:
+    """op(grad, x, *factors, *geometry) = the gradients of T in the arguments numbered ``slots``, grad being 0.
+
+    With (c_s) for their gradients, S = sum_s T(..., c_s in the place of argument s, ...).
+    """
+    count = 2 + family.factors
 
     def setup_context(ctx, inputs, output):
-        grad, x, A, F, *ctx.geometry = inputs
-        ctx.save_for_backward(grad, x, A, F)
+        ctx.geometry = inputs[count:]
+        ctx.save_for_backward(*inputs[:count])
 
-    def backward(ctx, a, f):
-        grad, x, A, F = ctx.saved_tensors
-        a = torch.zeros_like(A) if a is None else a
-        f = torch.zeros_like(F) if f is None else f
-        need = ctx.needs_input_grad
-        d_grad = d_x = d_A = d_F = None
-        # S is one application of the operator with 2n terms: (a, A) against (F, f).
-        terms, weights = torch.cat([a, A]), torch.cat([F, f])
-        if need[0]:
-            d_grad = family.forward(x, terms, weights, None, *ctx.geometry, None, None, "none")
-        if need[1]:
-            d_x = family.input_grad(grad, terms, weights, x.shape, *ctx.geometry)
-        if need[2] or need[3]:
-            d_A, d_F = family.weight_grad(grad, x, a, f, *ctx.geometry)
-        return (d_grad, d_x, d_A, d_F, *[None] * len(ctx.geometry))
+    def backward(ctx, *gradients):
+        arguments = ctx.saved_tensors
+        total: list[Tensor | None] = [None] * count
+        for slot, gradient in zip(slots, gradients, strict=True):
+            if gradient is None:
+                continue
+            need = [needed and i != slot for i, needed in enumerate(ctx.needs_input_grad[:count])]
+            replaced = [gradient if i == slot else a for i, a in enumerate(arguments)]
+            for i, part in enumerate(family.form_gradients(replaced, ctx.geometry, need)):
+                if part is not None:
+                    total[i] = part if total[i] is None else total[i] + part
+        return (*total, *[None] * len(ctx.geometry))
 
-    register_autograd(LIB, family.weight_grad, backward, setup_context)
+    register_autograd(LIB, op, backward, setup_context)
 
 
-def weight_grad_fake(grad: Tensor, x: Tensor, A: Tensor, F: Tensor, *geometry: Any) -> tuple[Tensor, Tensor]:
-    return A.new_empty(A.shape), F.new_empty(F.shape)
+def like_arguments(slots: Sequence[int]) -> Callable[..., tuple[Tensor, ...]]:
+    """The fake of an operator whose results have the shapes and types of the arguments numbered ``slots``."""
+
+    def fake(*arguments: Any) -> tuple[Tensor, ...]:
+        return tuple(arguments[s].new_empty(arguments[s].shape) for s in slots)
+
+    return fake
 
 
 def each_sample(op: Callable, info: Any, in_dims: Sequence[int | None], args: Sequence[Any]) -> Any:

@@ -14,10 +14,10 @@ from ._family import (
     define,
     each_sample,
     leading,
+    like_arguments,
     register_forward_autograd,
+    register_gradients_autograd,
     register_input_grad_autograd,
-    register_weight_grad_autograd,
-    weight_grad_fake,
 )
 
 
@@ -87,12 +87,17 @@ def _define(d: int) -> Family:
         f"{name}_weight_grad(Tensor grad, Tensor x, Tensor A, Tensor F, {geometry}) -> (Tensor, Tensor)",
         reference.phc_conv_weight_grad,
         _weight_grad_cpu,
-        weight_grad_fake,
+        like_arguments((2, 3)),
     )
-    family = Family(forward, input_grad, weight_grad, channel_dim=1)
+
+    def gradients(grad, x, factors, geometry, of_x, of_factors):
+        d_x = input_grad(grad, *factors, x.shape, *geometry) if of_x else None
+        return (d_x, *weight_grad(grad, x, *factors, *geometry)) if of_factors else (d_x,)
+
+    family = Family(forward, gradients, channel_dim=1, factors=2)
     register_forward_autograd(family)
-    register_input_grad_autograd(family)
-    register_weight_grad_autograd(family)
+    register_input_grad_autograd(family, input_grad)
+    register_gradients_autograd(family, weight_grad, slots=(2, 3))
 
     @torch.library.register_vmap(f"phydi::{name}")
     def forward_vmap(info, in_dims, x, A, F, bias, stride, padding, dilation, residual, alpha, activation):

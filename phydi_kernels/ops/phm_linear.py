@@ -9,12 +9,13 @@ from .. import plans, reference
 from ..kernels import cpu
 from ._family import (
     Family,
+    Operator,
     define,
     each_sample,
     leading,
+    like_arguments,
     register_forward_autograd,
-    register_weight_grad_autograd,
-    weight_grad_fake,
+    register_gradients_autograd,
 )
 
 
@@ -31,7 +32,7 @@ def _forward_cpu(
         return reference.phm_linear(x, A, F, bias, residual, alpha, activation)
     n, P, Q = A.shape
     _, p, q = F.shape
-    plan = plans.phm_linear(x.numel() // (Q * q), n, P, Q, p, q, q == 1 or F.stride(2) == 1)
+    plan = plans.phm_linear(x.numel() // (Q * q), n, P, Q, p, q, q == 1 or F.stride(2) == 1, x.dtype == torch.bfloat16)
     return cpu.phm_linear(x, A, F, bias, residual, alpha, activation, plan)
 
 
@@ -58,18 +59,24 @@ phm_linear_weight_grad = define(
     "phm_linear_weight_grad(Tensor grad, Tensor x, Tensor A, Tensor F) -> (Tensor, Tensor)",
     reference.phm_linear_weight_grad,
     _weight_grad_cpu,
-    weight_grad_fake,
+    like_arguments((2, 3)),
 )
 
-
-def _input_grad(grad: Tensor, A: Tensor, F: Tensor, input_size: torch.Size) -> Tensor:
-    """H^T = sum_i A_i^T (x) F_i^T: the operator itself with transposed factors."""
-    return phm_linear(grad, A.transpose(1, 2), F.transpose(1, 2), None, None, None, "none")
+OP = Operator(phm_linear, _forward_cpu)
 
 
-_family = Family(phm_linear, _input_grad, phm_linear_weight_grad, channel_dim=-1)
+def _gradients(grad, x, factors, geometry, of_x, of_factors):
+    A, F = factors
+    d_x = None
+    if of_x:
+        # H^T = sum_i A_i^T (x) F_i^T: the operator itself with transposed factors.
+        d_x = phm_linear(grad, A.transpose(1, 2), F.transpose(1, 2), None, None, None, "none")
+    return (d_x, *phm_linear_weight_grad(grad, x, A, F)) if of_factors else (d_x,)
+
+
+_family = Family(phm_linear, _gradients, channel_dim=-1, factors=2)
 register_forward_autograd(_family)
-register_weight_grad_autograd(_family)
+register_gradients_autograd(_family, phm_linear_weight_grad, slots=(2, 3))
 
 
 @torch.library.register_vmap("phydi::phm_linear")

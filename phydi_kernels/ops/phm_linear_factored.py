@@ -1,0 +1,102 @@
+"""phydi::phm_linear_factored and phydi::phm_linear_factored_grad."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import plans, reference
+from ..kernels import cpu
+from ._family import (
+    Family,
+    Operator,
+    define,
+    each_sample,
+    leading,
+    like_arguments,
+    register_forward_autograd,
+    register_gradients_autograd,
+)
+
+
+def _forward_cpu(
+    x: Tensor,
+    U: Tensor | None,
+    V: Tensor,
+    W: Tensor,
+    F: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    alpha: Tensor | None,
+    activation: str,
+) -> Tensor:
+    if not cpu.available():
+        return reference.phm_linear_factored(x, U, V, W, F, bias, residual, alpha, activation)
+    R, P = V.shape
+    n, p, q = F.shape
+    Q = W.shape[1]
+    along_q, bfloat16 = q == 1 or F.stride(2) == 1, x.dtype == torch.bfloat16
+    plan = plans.phm_linear_factored(x.numel() // (Q * q), n, P, Q, p, q, R, along_q, U is not None, bfloat16)
+    return cpu.phm_linear_factored(x, U, V, W, F, bias, residual, alpha, activation, plan)
+
+
+def _forward_fake(x, U, V, W, F, bias, residual, alpha, activation):
+    return x.new_empty((*x.shape[:-1], V.shape[1] * F.shape[1]))
+
+
+def _grad_cpu(grad: Tensor, x: Tensor, U: Tensor, V: Tensor, W: Tensor, F: Tensor) -> tuple[Tensor, ...]:
+    if not cpu.available():
+        return reference.phm_linear_factored_grad(grad, x, U, V, W, F)
+    R, P = V.shape
+    n, p, q = F.shape
+    Q = W.shape[1]
+    plan = plans.phm_linear_factored_grad(x.numel() // (Q * q), n, P, Q, p, q, R, x.dtype == torch.bfloat16)
+    return cpu.phm_linear_factored_grad(grad, x, U, V, W, F, plan)
+
+
+phm_linear_factored = define(
+    "phm_linear_factored(Tensor x, Tensor? U, Tensor V, Tensor W, Tensor F, Tensor? bias, Tensor? residual, "
+    "Tensor? alpha, str activation) -> Tensor",
+    reference.phm_linear_factored,
+    _forward_cpu,
+    _forward_fake,
+)
+phm_linear_factored_grad = define(
+    "phm_linear_factored_grad(Tensor grad, Tensor x, Tensor U, Tensor V, Tensor W, Tensor F) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    reference.phm_linear_factored_grad,
+    _grad_cpu,
+    like_arguments((1, 2, 3, 4, 5)),
+)
+
+OP = Operator(phm_linear_factored, _forward_cpu)
+
+
+def _gradients(grad, x, factors, geometry, of_x, of_factors):
+    U, V, W, F = factors
+    if not of_factors:
+        # The transpose of H has V and W exchanged and F transposed.
+        return (phm_linear_factored(grad, U, W, V, F.transpose(1, 2), None, None, None, "none"),)
+    if U is None:
+        U = torch.eye(len(V), dtype=V.dtype, device=V.device)
+    return phm_linear_factored_grad(grad, x, U, V, W, F)
+
+
+_family = Family(phm_linear_factored, _gradients, channel_dim=-1, factors=4)
+register_forward_autograd(_family)
+register_gradients_autograd(_family, phm_linear_factored_grad, slots=(1, 2, 3, 4, 5))
+
+
+@torch.library.register_vmap("phydi::phm_linear_factored")
+def _forward_vmap(info, in_dims, x, U, V, W, F, bias, residual, alpha, activation):
+    args = (x, U, V, W, F, bias, residual, alpha, activation)
+    if any(d is not None for d in (*in_dims[1:6], in_dims[7])):
+        return each_sample(phm_linear_factored, info, in_dims, args)
+    x = leading(x, in_dims[0], info.batch_size)
+    residual = leading(residual, in_dims[6], info.batch_size)
+    return phm_linear_factored(x, U, V, W, F, bias, residual, alpha, activation), 0
+
+
+@torch.library.register_vmap("phydi::phm_linear_factored_grad")
+def _grad_vmap(info, in_dims, *args):
+    return each_sample(phm_linear_factored_grad, info, in_dims, args)
