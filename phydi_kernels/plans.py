@@ -5,6 +5,8 @@ With x seen as Q blocks of q features and y as P blocks of p features, y_k = sum
 * stream: mix the few input rows (sum_l A[i,k,l] x_l), then read F once, straight from the parameter.
 * mix: the same products in cache blocks, F packed once; output block k is an extra batch row.
 * panel: form a cache-sized panel of H while packing, multiply, drop it.
+* rank: with A[i,k,l] = sum_r U[r,i] V[r,k] W[r,l] known, R products of blocks in place of P*Q,
+  y_k = sum_r V[r,k] (sum_i U[r,i] F_i)(sum_l W[r,l] x_l).
 """
 
 from __future__ import annotations
@@ -14,25 +16,45 @@ from functools import lru_cache
 
 # Nanoseconds an entry, float32 on one AVX-512 core (Zen 5); only their ratios matter.
 _PRODUCT = 0.0107  # a multiplication in a packed product
-_STREAM_PRODUCT = 0.0124  # the same on F as it lies
-_REDUCE = 3.0  # the lanes of one result of stream added up
+_STREAM_PRODUCT = 0.0132  # the same on F as it lies, and
+_STREAM_PRODUCT_IN_CACHE = 0.009  # where it stays in L2
+_REDUCE = 2.4  # the lanes of one result of stream added up
 _READ = 0.01  # an entry of F read once
-_PACK = 0.28  # an entry of F packed
+_PACK = 0.33  # an entry of F packed
 _FORM = 0.2  # one term of an entry of H formed and packed, with F's rows along q to be transposed
 _FORM_TRANSPOSED = 0.24  # the same with F's columns along p, lines far apart
 _MIX = 0.04  # one multiplication of the algebra with the input
 _COPY = 0.08  # an entry of the input packed as it is
 _STREAM_UPDATE = 0.1  # a multiplication of both weight gradients, both factors in cache
 _STREAM_ALGEBRA = 0.2  # a multiplication of dA's sum
+_TURN = 0.08  # an entry of F packed for the R products,
+_COMBINE = 0.042  # an entry of F-hat written, and
+_COMBINE_TERM = 0.012  # for each term its share
+_ADD = 0.037  # a multiplication of x or y-hat with V or W
+_GATHER = 0.1  # an entry of F-hat packed as it lies along p, lines far apart
+_RANK_SPLIT = 0.3  # an entry of F-hat's gradient, and
+_RANK_SPLIT_TERM = 0.025  # for each term its share in dU and dF
 _SPLIT = 0.1  # an entry of dL/dH, and
 _SPLIT_TERM = 0.07  # for each term its share in dA and dF
+# bfloat16 beside float32: a packed product (two in a lane), a stream (converted at each use), packing.
+_BFLOAT16_PRODUCT = 0.52
+_BFLOAT16_STREAM = 1.35
+_BFLOAT16_PACK = 0.85
 _LANES = 16
+_STREAM_CACHED_ENTRIES = 1 << 17
 # Stream keeps its mixed rows in L2; their number is not bounded otherwise.
 _STREAM_ENTRIES = 1 << 18
 # Convolutions: torch's own rate, an entry of H formed and reordered, an entry of the mixed input written and read.
 _CONV_PRODUCT = 0.0083
 _CONV_FORM = 1.0
 _CONV_MIX = 1.0
+# Of the R convolutions of a factored one: an entry of F-hat formed, an entry read or written by the additions around
+# them (bfloat16: beside twice the rate of products), a call.
+_TERM_FORM = 0.8
+_TERM_ADD = 0.28
+_TERM_ADD_BFLOAT16 = 0.34
+_TERM_CALL = 40000.0
+_CONV_WEIGHT_GRAD = 1.3  # a weight gradient of few channels, relative to the convolution itself
 
 
 class Plan(enum.IntEnum):
@@ -41,48 +63,144 @@ class Plan(enum.IntEnum):
     STREAM = 0
     MIX = 1
     PANEL = 2
+    RANK = 3
 
 
 def _padded(count: int, to: int = _LANES) -> int:
     return -(-count // to) * to
 
 
-@lru_cache(maxsize=4096)
-def phm_linear(rows: int, n: int, P: int, Q: int, p: int, q: int, contiguous: bool) -> Plan:
-    """The plan of one phm_linear call: ``rows`` input rows, A (n, P, Q), F (n, p, q) ``contiguous`` along q or not."""
+def _linear_costs(
+    rows: int, n: int, P: int, Q: int, p: int, q: int, contiguous: bool, bfloat16: bool
+) -> dict[Plan, float]:
+    product = _PRODUCT * (_BFLOAT16_PRODUCT if bfloat16 else 1)
+    in_cache = n * p * q <= _STREAM_CACHED_ENTRIES
+    stream_product = _STREAM_PRODUCT_IN_CACHE if in_cache else _STREAM_PRODUCT
+    if bfloat16:
+        stream_product *= _BFLOAT16_STREAM
     wide_q = _padded(q)
     terms = n * p * wide_q
     blocks = rows * P
     mixing = blocks * n * wide_q * Q * _MIX
     cost = {
-        Plan.MIX: terms * _PACK + blocks * n * q * _padded(p) * _PRODUCT + mixing,
+        Plan.MIX: terms * _PACK + blocks * n * q * _padded(p) * product + mixing,
         Plan.PANEL: P * Q * terms * (_FORM if contiguous else _FORM_TRANSPOSED)
-        + rows * Q * (q * _padded(P * p) * _PRODUCT + wide_q * _COPY),
+        + rows * Q * (q * _padded(P * p) * product + wide_q * _COPY),
     }
     if blocks * (n * q + 64) <= _STREAM_ENTRIES:
         tiles = _padded(blocks, 4) * n
         if contiguous:
             # Lanes along q, four columns at a time, one reduction a result.
-            product = tiles * _padded(p, 4) * wide_q * _STREAM_PRODUCT + blocks * _padded(p, 4) * _REDUCE
+            products = tiles * _padded(p, 4) * wide_q * stream_product + blocks * _padded(p, 4) * _REDUCE
         else:
-            product = tiles * _padded(p) * q * _STREAM_PRODUCT
-        cost[Plan.STREAM] = terms * _READ + product + mixing
+            products = tiles * _padded(p) * q * stream_product
+        cost[Plan.STREAM] = terms * _READ + products + mixing
+    return cost
+
+
+@lru_cache(maxsize=4096)
+def phm_linear(rows: int, n: int, P: int, Q: int, p: int, q: int, contiguous: bool, bfloat16: bool = False) -> Plan:
+    """The plan of one phm_linear call: ``rows`` input rows, A (n, P, Q), F (n, p, q) ``contiguous`` along q or not."""
+    cost = _linear_costs(rows, n, P, Q, p, q, contiguous, bfloat16)
     return min(cost, key=cost.__getitem__)
+
+
+def _weight_grad_costs(rows: int, n: int, P: int, Q: int, p: int, q: int) -> dict[Plan, float]:
+    wide_q = _padded(q)
+    cost = {Plan.PANEL: P * p * Q * wide_q * (_SPLIT + n * _SPLIT_TERM + rows * _PRODUCT)}
+    if rows * P * (2 * q + p) <= _STREAM_ENTRIES:
+        cost[Plan.STREAM] = rows * P * n * wide_q * (p * _STREAM_UPDATE + Q * _STREAM_ALGEBRA)
+    return cost
 
 
 @lru_cache(maxsize=4096)
 def phm_linear_weight_grad(rows: int, n: int, P: int, Q: int, p: int, q: int) -> Plan:
     """STREAM (F read and dF written once, term by term) or PANEL (dL/dH in cache-sized panels)."""
+    cost = _weight_grad_costs(rows, n, P, Q, p, q)
+    return min(cost, key=cost.__getitem__)
+
+
+def _products(rows: int, p: int, q: int, R: int, bfloat16: bool) -> float:
+    return R * rows * q * _padded(p) * _PRODUCT * (_BFLOAT16_PRODUCT if bfloat16 else 1)
+
+
+@lru_cache(maxsize=4096)
+def phm_linear_factored(
+    rows: int, n: int, P: int, Q: int, p: int, q: int, R: int, contiguous: bool, combines: bool, bfloat16: bool = False
+) -> Plan:
+    """The plan of one phm_linear_factored call of R terms; ``combines``: the weights are sum_i U[r,i] F_i, not F.
+
+    RANK, or a plan of phm_linear for A = sum_r U_r (x) V_r (x) W_r.
+    """
     wide_q = _padded(q)
-    stream = rows * P * n * wide_q * (p * _STREAM_UPDATE + Q * _STREAM_ALGEBRA)
-    panel = P * p * Q * wide_q * (_SPLIT + n * _SPLIT_TERM + rows * _PRODUCT)
-    fits = rows * P * (2 * q + p) <= _STREAM_ENTRIES
-    return Plan.STREAM if fits and stream < panel else Plan.PANEL
+    entries = p * wide_q
+    packing = n * entries * (_TURN if contiguous else _GATHER)
+    if combines:
+        packing += R * entries * (_COMBINE + n * _COMBINE_TERM)
+    if bfloat16:
+        packing *= _BFLOAT16_PACK
+    additions = rows * R * (wide_q * Q + _padded(p) * P) * _ADD
+    cost = _linear_costs(rows, n, P, Q, p, q, contiguous, bfloat16)
+    cost[Plan.RANK] = packing + _products(rows, p, q, R, bfloat16) + additions
+    return min(cost, key=cost.__getitem__)
+
+
+@lru_cache(maxsize=4096)
+def phm_linear_factored_grad(rows: int, n: int, P: int, Q: int, p: int, q: int, R: int, bfloat16: bool = False) -> Plan:
+    """RANK, or STREAM or PANEL for the gradient of A = sum_r U_r (x) V_r (x) W_r, from which dU, dV and dW follow."""
+    entries = R * p * _padded(q)
+    rank = entries * (_RANK_SPLIT + 2 * _COMBINE + n * (_RANK_SPLIT_TERM + 2 * _COMBINE_TERM))
+    # F-hat x-hat for dV, its transpose for dx and dW, the outer products for dU and dF; x and grad are mixed for each.
+    rank += 3 * _products(rows, p, q, R, bfloat16) + 3 * rows * R * (_padded(q) * Q + _padded(p) * P) * _ADD
+    of_weights = _weight_grad_costs(rows, n, P, Q, p, q)
+    of_input = _linear_costs(rows, n, Q, P, q, p, False, bfloat16)
+    cost = {plan: of_weights[plan] + of_input[plan] for plan in of_weights.keys() & of_input.keys()}
+    cost[Plan.RANK] = rank
+    return min(cost, key=cost.__getitem__)
+
+
+def _conv_costs(pixels: int, outputs: int, n: int, P: int, Q: int, p: int, q: int, taps: int) -> dict[Plan, float]:
+    return {
+        Plan.MIX: pixels * P * n * q * _CONV_MIX + outputs * P * p * n * q * taps * _CONV_PRODUCT,
+        Plan.PANEL: P * p * Q * q * taps * (_CONV_FORM + outputs * _CONV_PRODUCT),
+    }
 
 
 @lru_cache(maxsize=4096)
 def phc_conv(pixels: int, outputs: int, n: int, P: int, Q: int, p: int, q: int, taps: int) -> Plan:
     """The plan of one convolution: ``pixels`` positions to mix, ``outputs`` positions that meet every weight."""
-    mix = pixels * P * n * q * _CONV_MIX + outputs * P * p * n * q * taps * _CONV_PRODUCT
-    panel = P * p * Q * q * taps * (_CONV_FORM + outputs * _CONV_PRODUCT)
-    return Plan.MIX if mix < panel else Plan.PANEL
+    costs = _conv_costs(pixels, outputs, n, P, Q, p, q, taps)
+    return Plan.MIX if costs[Plan.MIX] < costs[Plan.PANEL] else Plan.PANEL
+
+
+def _narrow(p: int, q: int) -> float:
+    """What a multiplication of a convolution of q to p channels costs, relative to one of many channels."""
+    return 1 + 8 / min(p, q)
+
+
+@lru_cache(maxsize=4096)
+def phc_conv_factored(
+    pixels: int, outputs: int, n: int, P: int, Q: int, p: int, q: int, taps: int, R: int, bfloat16: bool
+) -> Plan:
+    """The plan of one factored convolution of R terms; see phc_conv."""
+    add = _TERM_ADD_BFLOAT16 if bfloat16 else _TERM_ADD
+    product = outputs * p * q * taps * _CONV_PRODUCT * _narrow(p, q)
+    additions = (R + Q) * pixels * q * add + (R + P) * outputs * p * add
+    rank = R * (product + p * q * taps * _TERM_FORM + _TERM_CALL) + additions
+    dense = min(_conv_costs(pixels, outputs, n, P, Q, p, q, taps).values()) * _narrow(P * p, Q * q)
+    return Plan.RANK if rank < dense else phc_conv(pixels, outputs, n, P, Q, p, q, taps)
+
+
+@lru_cache(maxsize=4096)
+def phc_conv_factored_grad(
+    pixels: int, outputs: int, n: int, P: int, Q: int, p: int, q: int, taps: int, R: int, bfloat16: bool
+) -> Plan:
+    """RANK, or the plan of phc_conv for the input's gradient beside that of A = sum_r U_r (x) V_r (x) W_r."""
+    add = _TERM_ADD_BFLOAT16 if bfloat16 else _TERM_ADD
+    product = outputs * p * q * taps * _CONV_PRODUCT * _narrow(p, q)
+    # Before the convolutions, and for dV and dW; for dx.
+    additions = 2 * (R + Q) * pixels * q * add + 2 * (R + P) * outputs * p * add + (R + Q) * pixels * q * add
+    rank = R * ((2 + _CONV_WEIGHT_GRAD) * product + 3 * p * q * taps * _TERM_FORM + 3 * _TERM_CALL) + additions
+    costs = _conv_costs(pixels, outputs, n, P, Q, p, q, taps)
+    dense = (min(costs.values()) + costs[Plan.PANEL]) * _narrow(P * p, Q * q)
+    return Plan.RANK if rank < dense else phc_conv(outputs, outputs, n, Q, P, q, p, taps)

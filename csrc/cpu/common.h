@@ -71,22 +71,43 @@ inline void copy_row(const In* row, Out* out, int64_t count) {
     store_some(out + s, load_some(row + s, count - s), count - s);
 }
 
-// y = residual + alpha * act(v + bias) on `count` contiguous elements; null bias and residual are left out.
+// y = residual + alpha * act(v + bias) on `count` contiguous elements; null bias and residual are left out, and
+// `alphas` take the place of alpha unless null.
 template <class In>
-void finish(const Compute<In>* v, const In* bias, const In* residual, Compute<In> alpha, bool relu, In* y,
-            int64_t count) {
+void finish(const Compute<In>* v, const In* bias, const In* residual, Compute<In> alpha, const In* alphas, bool relu,
+            In* y, int64_t count) {
   using T = Compute<In>;
-  for (int64_t j = 0; j < count; j += kLanes<T>) {
-    const int64_t some = count - j;
-    Vec<T> h = load_some(v + j, some);
-    if (bias) h += load_some(bias + j, some);
+  const auto on_vector = [&](int64_t j, Vec<T> h, const auto& at) __attribute__((always_inline)) {
+    if (bias) h += at(bias + j);
     // Written so that NaN passes, as in torch.relu.
     if (relu) h = h < Vec<T>{} ? Vec<T>{} : h;
-    h *= alpha;
-    if (residual) h += load_some(residual + j, some);
-    store_some(y + j, h, some);
-  }
+    h *= alphas ? at(alphas + j) : splat(alpha);
+    if (residual) h += at(residual + j);
+    return h;
+  };
+  int64_t j = 0;
+  for (; j + kLanes<T> <= count; j += kLanes<T>)
+    store(y + j, on_vector(j, load(v + j), [](const In* p) { return load(p); }));
+  if (j == count) return;
+  const int64_t some = count - j;
+  store_some(y + j, on_vector(j, load_some(v + j, some), [some](const In* p) { return load_some(p, some); }), some);
 }
+
+// A result (rows, split * width): block k of a row is `width` columns from k * width on.
+template <class In>
+struct Output {
+  const Epilogue& e;
+  int64_t split, width;
+
+  void write(int64_t row, int64_t k, int64_t column, int64_t count, const Compute<In>* v) const {
+    const int64_t offset = k * width + column;
+    const auto from = [&](const void* data, int64_t start) {
+      return data ? static_cast<const In*>(data) + start + offset : nullptr;
+    };
+    finish<In>(v, from(e.bias, 0), from(e.residual.data, row * e.residual.stride), Compute<In>(e.alpha),
+               from(e.alphas, 0), e.relu, static_cast<In*>(e.y) + row * split * width + offset, count);
+  }
+};
 
 }  // namespace
 

@@ -9,7 +9,7 @@ namespace phydi {
 enum class DType { f32, f64, bf16, f16 };
 
 // The numbers are those of phydi_kernels.plans.Plan.
-enum class Plan { stream = 0, mix = 1, panel = 2 };
+enum class Plan { stream = 0, mix = 1, panel = 2, rank = 3 };
 
 using Task = void (*)(void* context, int64_t index);
 
@@ -25,6 +25,12 @@ struct Algebra {
   int64_t n, P, Q;
 };
 
+// U (R, n), V (R, P), W (R, Q), contiguous, in the compute type; U null: n = R and U is the identity.
+struct Factors {
+  const void *U, *V, *W;
+  int64_t R, n, P, Q;
+};
+
 // F (n, p, q) with a unit stride along p or along q.
 struct Weights {
   const void* data;
@@ -37,13 +43,38 @@ struct Rows {
   int64_t stride;
 };
 
-// y = residual + alpha * act(h + bias); bias and residual may be null, y is contiguous.
+// y = residual + alpha * act(h + bias); bias and residual may be null, y is contiguous. alphas (a column's each) or
+// null: alpha for all.
 struct Epilogue {
   const void* bias;
   Rows residual;
   double alpha;
+  const void* alphas;
   bool relu;
   void* y;
+};
+
+// A contiguous row-major matrix in the compute type.
+struct Matrix {
+  const void* data;
+  int64_t rows, columns;
+};
+
+// Images (images, channels, pixels) if planes, else (images, pixels, channels), contiguous.
+struct Image {
+  void* data;
+  int64_t images, channels, pixels;
+  bool planes;
+};
+
+// y = residual + alpha * act(h + bias) on an Image: bias and alpha, for all channels or for each, in the compute type;
+// residual as y. All may be null.
+struct ChannelEpilogue {
+  const void* bias;
+  const void* alpha;
+  bool one_alpha;
+  const void* residual;
+  bool relu;
 };
 
 // The kernels of one instruction set.
@@ -51,6 +82,12 @@ struct Epilogue {
   namespace isa {                                                                                                      \
   /* y (rows, P*p) from x (rows, Q*q). */                                                                              \
   void phm_linear(DType, Plan, int64_t rows, Rows x, const Algebra&, const Weights&, const Epilogue&, const Threads&); \
+  /* The same of A[i,k,l] = sum_r U[r,i] V[r,k] W[r,l], in R products. */                                              \
+  void phm_linear_factored(DType, int64_t rows, Rows x, const Factors&, const Weights&, const Epilogue&,               \
+                           const Threads&);                                                                            \
+  /* dx (rows, Q*q), dF (n, p, q), contiguous, and dU, dV, dW in the compute type; F has unit stride along q. */       \
+  void phm_linear_factored_grad(DType, int64_t rows, Rows grad, Rows x, const Factors&, const Weights&, void* dx,      \
+                                void* dU, void* dV, void* dW, void* dF, const Threads&);                               \
   /* dA (n, P, Q) in the compute type and dF (n, p, q) contiguous, by stream or panel; F has unit stride along q. */   \
   void phm_linear_weight_grad(DType, Plan, int64_t rows, Rows grad, Rows x, const Algebra&, const Weights&, void* dA,  \
                               void* dF, const Threads&);                                                               \
@@ -60,8 +97,14 @@ struct Epilogue {
   void kron_sum_grad(DType, const void* G, const Algebra&, const Weights&, void* dA, void* dF, const Threads&);        \
   /* out (B, P, C, n, inner) = sum_l A[i, k, l] x (B, C, Q, inner), both contiguous. */                                \
   void mix(DType, int64_t B, int64_t C, int64_t inner, const void* x, const Algebra&, void* out, const Threads&);      \
-  /* In place on count elements: y = residual + alpha * act(y). */                                                     \
-  void epilogue(DType, int64_t count, const Epilogue&, const Threads&);                                                \
+  /* out[r, m, s] = sum_l W[r,l] x_l[m,s], m counting the pixels of all images, x_l block l of the channels. */        \
+  void pre_add(DType, const Image& x, const Matrix& W, void* out, const Threads&);                                     \
+  /* y_k[m,s] = sum_r V[r,k] parts_r[m,s], parts contiguous, and the epilogue; y is written. */                        \
+  void post_add(DType, const Image& y, void* const* parts, const Matrix& V, const ChannelEpilogue&, const Threads&);   \
+  /* out[r,l] = <parts_r, x_l> in the compute type. */                                                                 \
+  void block_dots(DType, const Image& x, void* const* parts, int64_t R, int64_t Q, void* out, const Threads&);         \
+  /* The epilogue of h = y, in place. */                                                                               \
+  void epilogue(DType, const Image& y, const ChannelEpilogue&, const Threads&);                                        \
   }
 
 PHYDI_DECLARE_KERNELS(baseline)

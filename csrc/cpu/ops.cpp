@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <optional>
@@ -26,15 +27,31 @@ struct Kernels {
   bool supported;
   decltype(&baseline::phm_linear) phm_linear;
   decltype(&baseline::phm_linear_weight_grad) phm_linear_weight_grad;
+  decltype(&baseline::phm_linear_factored) phm_linear_factored;
+  decltype(&baseline::phm_linear_factored_grad) phm_linear_factored_grad;
   decltype(&baseline::kron_sum) kron_sum;
   decltype(&baseline::kron_sum_grad) kron_sum_grad;
   decltype(&baseline::mix) mix;
+  decltype(&baseline::pre_add) pre_add;
+  decltype(&baseline::post_add) post_add;
+  decltype(&baseline::block_dots) block_dots;
   decltype(&baseline::epilogue) epilogue;
 };
 
-#define PHYDI_KERNELS(isa, supported)                                               \
-  {#isa,          supported,          isa::phm_linear, isa::phm_linear_weight_grad, \
-   isa::kron_sum, isa::kron_sum_grad, isa::mix,        isa::epilogue}
+#define PHYDI_KERNELS(isa, supported) \
+  {#isa,                              \
+   supported,                         \
+   isa::phm_linear,                   \
+   isa::phm_linear_weight_grad,       \
+   isa::phm_linear_factored,          \
+   isa::phm_linear_factored_grad,     \
+   isa::kron_sum,                     \
+   isa::kron_sum_grad,                \
+   isa::mix,                          \
+   isa::pre_add,                      \
+   isa::post_add,                     \
+   isa::block_dots,                   \
+   isa::epilogue}
 
 // The best compiled set that this processor has; PHYDI_MAX_CPU_ISA names the best one to consider.
 const Kernels& kernels() {
@@ -108,6 +125,85 @@ struct AlgebraTensor {
   Algebra view() const { return {values.const_data_ptr(), values.size(0), values.size(1), values.size(2)}; }
 };
 
+// U (R, n) or nothing, V (R, P), W (R, Q) in the compute type, contiguous.
+struct FactorTensors {
+  std::optional<Tensor> U;
+  Tensor V, W;
+
+  FactorTensors(const std::optional<Tensor>& u, const Tensor& v, const Tensor& w, const Tensor& F)
+      : V(compute(v, F)), W(compute(w, F)) {
+    if (u) U = compute(*u, F);
+  }
+
+  Factors view() const {
+    const int64_t R = V.size(0);
+    return {U ? U->const_data_ptr() : nullptr,
+            V.const_data_ptr(),
+            W.const_data_ptr(),
+            R,
+            U ? U->size(1) : R,
+            V.size(1),
+            W.size(1)};
+  }
+
+ private:
+  static Tensor compute(const Tensor& t, const Tensor& F) {
+    const Tensor values = t.scalar_type() == compute_type(F) ? t : torch::stable::to(t, compute_type(F));
+    return values.is_contiguous() ? values : torch::stable::contiguous(values);
+  }
+};
+
+template <class T>
+void form_structure(const Factors& f, T* A) {
+  const T *U = static_cast<const T*>(f.U), *V = static_cast<const T*>(f.V), *W = static_cast<const T*>(f.W);
+  std::fill(A, A + f.n * f.P * f.Q, T(0));
+  for (int64_t r = 0; r < f.R; ++r) {
+    for (int64_t i = U ? 0 : r; i < (U ? f.n : r + 1); ++i) {
+      for (int64_t k = 0; k < f.P; ++k) {
+        const T uv = (U ? U[r * f.n + i] : T(1)) * V[r * f.P + k];
+        for (int64_t l = 0; l < f.Q; ++l) A[(i * f.P + k) * f.Q + l] += uv * W[r * f.Q + l];
+      }
+    }
+  }
+}
+
+// A[i,k,l] = sum_r U[r,i] V[r,k] W[r,l], in the compute type.
+struct Structure {
+  std::vector<double> storage;
+  Algebra view;
+
+  Structure(const Factors& f, ScalarType type) : storage(f.n * f.P * f.Q), view{storage.data(), f.n, f.P, f.Q} {
+    // Doubles give room and alignment for either type.
+    type == ScalarType::Double ? form_structure(f, storage.data())
+                               : form_structure(f, reinterpret_cast<float*>(storage.data()));
+  }
+};
+
+// (dU, dV, dW) from dA, all in the compute type.
+template <class T>
+void split_structure_grad(const Factors& f, const void* of_A, void* of_U, void* of_V, void* of_W) {
+  const T *U = static_cast<const T*>(f.U), *V = static_cast<const T*>(f.V), *W = static_cast<const T*>(f.W);
+  const T* dA = static_cast<const T*>(of_A);
+  T *dU = static_cast<T*>(of_U), *dV = static_cast<T*>(of_V), *dW = static_cast<T*>(of_W);
+  std::fill(dU, dU + f.R * f.n, T(0));
+  std::fill(dV, dV + f.R * f.P, T(0));
+  std::fill(dW, dW + f.R * f.Q, T(0));
+  for (int64_t r = 0; r < f.R; ++r) {
+    for (int64_t i = 0; i < f.n; ++i) {
+      for (int64_t k = 0; k < f.P; ++k) {
+        T along_l = 0;
+        for (int64_t l = 0; l < f.Q; ++l) {
+          const T d = dA[(i * f.P + k) * f.Q + l];
+          along_l += d * W[r * f.Q + l];
+          dW[r * f.Q + l] += d * U[r * f.n + i] * V[r * f.P + k];
+        }
+        dU[r * f.n + i] += along_l * V[r * f.P + k];
+        dV[r * f.P + k] += along_l * U[r * f.n + i];
+      }
+    }
+  }
+}
+
 bool unit_stride(const Tensor& t, int64_t dim) { return t.size(dim) == 1 || t.stride(dim) == 1; }
 
 // F (n, p, q) with a unit stride along q, or along p where `either`; copied if it has none.
@@ -156,8 +252,9 @@ struct RowsTensor {
 
 // The public functions have checked and named their arguments; direct calls of an operator must not read out of bounds.
 void check_factors(const Tensor& x, const Tensor& A, const Tensor& F) {
-  STD_TORCH_CHECK(A.scalar_type() == x.scalar_type() && F.scalar_type() == x.scalar_type(),
-                  "phydi_cpu: tensors of one call share one dtype");
+  STD_TORCH_CHECK(
+      (A.scalar_type() == x.scalar_type() || A.scalar_type() == compute_type(x)) && F.scalar_type() == x.scalar_type(),
+      "phydi_cpu: tensors of one call share one dtype; A may have the compute type");
   STD_TORCH_CHECK(A.dim() == 3 && F.dim() >= 3 && F.size(0) == A.size(0) && A.numel() > 0 && F.numel() > 0,
                   "phydi_cpu: A must be (n, P, Q) and F (n, p, q, ...), not empty");
 }
@@ -178,37 +275,131 @@ double scalar(const std::optional<Tensor>& alpha) {
   return *static_cast<const double*>(wide.const_data_ptr());
 }
 
+// The arguments of an epilogue as the kernels take them; the tensors keep the memory alive.
+struct EpilogueTensors {
+  std::optional<Tensor> bias, alphas;
+  std::optional<RowsTensor> residual;
+  Epilogue view;
+
+  EpilogueTensors(const std::optional<Tensor>& bias_, const std::optional<Tensor>& residual_,
+                  const std::optional<Tensor>& alpha, bool relu, Tensor& y) {
+    const int64_t width = y.size(y.dim() - 1);
+    view = {nullptr, {nullptr, 0}, 1.0, nullptr, relu, y.mutable_data_ptr()};
+    if (bias_) {
+      check_width(*bias_, y, width);
+      bias = bias_->is_contiguous() ? *bias_ : torch::stable::contiguous(*bias_);
+      view.bias = bias->const_data_ptr();
+    }
+    if (residual_) {
+      check_numel(*residual_, y, y.numel());
+      residual.emplace(*residual_);
+      view.residual = residual->view;
+    }
+    if (alpha && alpha->numel() > 1) {
+      check_width(*alpha, y, width);
+      alphas = alpha->is_contiguous() ? *alpha : torch::stable::contiguous(*alpha);
+      view.alphas = alphas->const_data_ptr();
+    } else if (alpha) {
+      check_numel(*alpha, y, 1);
+      view.alpha = scalar(alpha);
+    }
+  }
+};
+
+Tensor new_rows(const Tensor& x, int64_t width) {
+  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+  shape.back() = width;
+  return torch::stable::new_empty(x, shape);
+}
+
 Tensor phm_linear(Tensor x, Tensor A, Tensor F, std::optional<Tensor> bias, std::optional<Tensor> residual,
                   std::optional<Tensor> alpha, bool relu, int64_t plan) {
   check_factors(x, A, F);
   STD_TORCH_CHECK(F.dim() == 3, "phydi_cpu: F must be (n, p, q)");
   STD_TORCH_CHECK(plan >= 0 && plan <= 2, "phydi_cpu: unknown plan");
   check_width(x, x, A.size(2) * F.size(2));
-  if (bias) check_width(*bias, x, A.size(1) * F.size(1));
-  if (residual) check_numel(*residual, x, x.numel() / x.size(x.dim() - 1) * A.size(1) * F.size(1));
-  if (alpha) check_numel(*alpha, x, 1);
   const AlgebraTensor algebra(A);
   const WeightsTensor weights(F, true);
   const RowsTensor rows(x);
-  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
-  shape.back() = A.size(1) * F.size(1);
-  Tensor y = torch::stable::new_empty(x, shape);
+  Tensor y = new_rows(x, A.size(1) * F.size(1));
+  const EpilogueTensors epilogue(bias, residual, alpha, relu, y);
   if (y.numel() == 0) return y;
-
-  Epilogue epilogue{nullptr, {nullptr, 0}, scalar(alpha), relu, y.mutable_data_ptr()};
-  std::optional<Tensor> dense_bias;
-  if (bias) {
-    dense_bias = bias->is_contiguous() ? *bias : torch::stable::contiguous(*bias);
-    epilogue.bias = dense_bias->const_data_ptr();
-  }
-  std::optional<RowsTensor> residual_rows;
-  if (residual) {
-    residual_rows.emplace(*residual);
-    epilogue.residual = residual_rows->view;
-  }
-  kernels().phm_linear(dtype_of(x), Plan(plan), rows.count, rows.view, algebra.view(), weights.view, epilogue,
+  kernels().phm_linear(dtype_of(x), Plan(plan), rows.count, rows.view, algebra.view(), weights.view, epilogue.view,
                        threads());
   return y;
+}
+
+void check_terms(const Tensor& x, const std::optional<Tensor>& U, const Tensor& V, const Tensor& W, const Tensor& F) {
+  STD_TORCH_CHECK(F.scalar_type() == x.scalar_type() && F.dim() == 3 && F.numel() > 0,
+                  "phydi_cpu: F must be (n, p, q), not empty, of the dtype of x");
+  STD_TORCH_CHECK(V.dim() == 2 && W.dim() == 2 && V.numel() > 0 && W.numel() > 0 && V.size(0) == W.size(0),
+                  "phydi_cpu: V must be (R, P) and W (R, Q), not empty");
+  STD_TORCH_CHECK(U ? U->dim() == 2 && U->size(0) == V.size(0) && U->size(1) == F.size(0) : V.size(0) == F.size(0),
+                  "phydi_cpu: U must be (R, n), or left out where F has R terms");
+}
+
+Tensor phm_linear_factored(Tensor x, std::optional<Tensor> U, Tensor V, Tensor W, Tensor F, std::optional<Tensor> bias,
+                           std::optional<Tensor> residual, std::optional<Tensor> alpha, bool relu, int64_t plan) {
+  check_terms(x, U, V, W, F);
+  STD_TORCH_CHECK(plan >= 0 && plan <= 3, "phydi_cpu: unknown plan");
+  check_width(x, x, W.size(1) * F.size(2));
+  const FactorTensors factors(U, V, W, F);
+  const WeightsTensor weights(F, true);
+  const RowsTensor rows(x);
+  Tensor y = new_rows(x, V.size(1) * F.size(1));
+  const EpilogueTensors epilogue(bias, residual, alpha, relu, y);
+  if (y.numel() == 0) return y;
+  if (Plan(plan) == Plan::rank) {
+    kernels().phm_linear_factored(dtype_of(x), rows.count, rows.view, factors.view(), weights.view, epilogue.view,
+                                  threads());
+  } else {
+    const Structure algebra(factors.view(), compute_type(x));
+    kernels().phm_linear(dtype_of(x), Plan(plan), rows.count, rows.view, algebra.view, weights.view, epilogue.view,
+                         threads());
+  }
+  return y;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> phm_linear_factored_grad(Tensor grad, Tensor x, Tensor U, Tensor V,
+                                                                            Tensor W, Tensor F, int64_t plan) {
+  check_terms(x, U, V, W, F);
+  STD_TORCH_CHECK(plan == 0 || plan == 2 || plan == 3, "phydi_cpu: unknown plan");
+  check_width(x, x, W.size(1) * F.size(2));
+  check_width(grad, x, V.size(1) * F.size(1));
+  check_numel(grad, x, x.numel() / x.size(x.dim() - 1) * V.size(1) * F.size(1));
+  const FactorTensors factors(U, V, W, F);
+  const Factors f = factors.view();
+  const WeightsTensor weights(F, false);
+  const Weights& w = weights.view;
+  const RowsTensor grad_rows(grad), rows(x);
+  Tensor dx = new_rows(x, W.size(1) * F.size(2));
+  Tensor dU = torch::stable::new_empty(*factors.U, factors.U->sizes());
+  Tensor dV = torch::stable::new_empty(factors.V, factors.V.sizes());
+  Tensor dW = torch::stable::new_empty(factors.W, factors.W.sizes());
+  Tensor dF = torch::stable::new_empty(F, F.sizes());
+  if (Plan(plan) == Plan::rank) {
+    kernels().phm_linear_factored_grad(dtype_of(x), rows.count, grad_rows.view, rows.view, f, w, dx.mutable_data_ptr(),
+                                       dU.mutable_data_ptr(), dV.mutable_data_ptr(), dW.mutable_data_ptr(),
+                                       dF.mutable_data_ptr(), threads());
+  } else {
+    Tensor dA = torch::stable::new_empty(factors.V, {f.n, f.P, f.Q});
+    const Structure algebra(f, compute_type(x)), transposed({f.U, f.W, f.V, f.R, f.n, f.Q, f.P}, compute_type(x));
+    kernels().phm_linear_weight_grad(dtype_of(x), Plan(plan), rows.count, grad_rows.view, rows.view, algebra.view, w,
+                                     dA.mutable_data_ptr(), dF.mutable_data_ptr(), threads());
+    const auto split =
+        dA.scalar_type() == ScalarType::Double ? split_structure_grad<double> : split_structure_grad<float>;
+    split(f, dA.const_data_ptr(), dU.mutable_data_ptr(), dV.mutable_data_ptr(), dW.mutable_data_ptr());
+    if (dx.numel() > 0) {
+      const Weights of_x{w.data, w.q, w.p, w.stride_i, w.stride_s, w.stride_r};
+      const Epilogue epilogue{nullptr, {nullptr, 0}, 1.0, nullptr, false, dx.mutable_data_ptr()};
+      kernels().phm_linear(dtype_of(x), Plan(plan), rows.count, grad_rows.view, transposed.view, of_x, epilogue,
+                           threads());
+    }
+  }
+  const auto like = [](const Tensor& t, const Tensor& argument) {
+    return t.scalar_type() == argument.scalar_type() ? t : torch::stable::to(t, argument.scalar_type());
+  };
+  return {dx, like(dU, U), like(dV, V), like(dW, W), dF};
 }
 
 std::tuple<Tensor, Tensor> phm_linear_weight_grad(Tensor grad, Tensor x, Tensor A, Tensor F, int64_t plan) {
@@ -265,8 +456,9 @@ std::tuple<Tensor, Tensor> kron_sum_grad(Tensor G, Tensor A, Tensor F) {
 }
 
 Tensor mix(Tensor x, Tensor A) {
-  STD_TORCH_CHECK(A.dim() == 3 && x.dim() == 4 && x.size(2) == A.size(2) && x.scalar_type() == A.scalar_type(),
-                  "phydi_cpu: mix takes x (B, C, Q, inner) and A (n, P, Q) of one dtype");
+  STD_TORCH_CHECK(A.dim() == 3 && x.dim() == 4 && x.size(2) == A.size(2) &&
+                      (A.scalar_type() == x.scalar_type() || A.scalar_type() == compute_type(x)),
+                  "phydi_cpu: mix takes x (B, C, Q, inner) and A (n, P, Q) of one dtype; A may have the compute type");
   const AlgebraTensor algebra(A);
   const Tensor dense = torch::stable::contiguous(x);
   const int64_t B = x.size(0), C = x.size(1), inner = x.size(3);
@@ -276,13 +468,91 @@ Tensor mix(Tensor x, Tensor A) {
   return out;
 }
 
-void epilogue(Tensor y, std::optional<Tensor> residual, std::optional<Tensor> alpha, bool relu) {
-  if (residual) check_numel(*residual, y, y.numel());
-  if (alpha) check_numel(*alpha, y, 1);
-  if (y.numel() == 0) return;
-  const Epilogue e{
-      nullptr, {residual ? residual->const_data_ptr() : nullptr, 0}, scalar(alpha), relu, y.mutable_data_ptr()};
-  kernels().epilogue(dtype_of(y), y.numel(), e, threads());
+// A contiguous matrix of the algebra's coefficients.
+Matrix matrix(const Tensor& t, const Tensor& like) {
+  STD_TORCH_CHECK(t.dim() == 2 && t.scalar_type() == compute_type(like) && t.is_contiguous(),
+                  "phydi_cpu: coefficients must be a contiguous matrix in the compute type");
+  return {t.const_data_ptr(), t.size(0), t.size(1)};
+}
+
+// (images, channels, pixels) if planes, else (images, pixels, channels), contiguous.
+Image image(const Tensor& t, int64_t blocks, bool planes) {
+  STD_TORCH_CHECK(t.dim() == 3 && t.is_contiguous(), "phydi_cpu: images must be three-dimensional and contiguous");
+  const int64_t channels = t.size(planes ? 1 : 2);
+  STD_TORCH_CHECK(blocks > 0 && channels % blocks == 0, "phydi_cpu: channels do not divide into the blocks");
+  return {const_cast<void*>(t.const_data_ptr()), t.size(0), channels, t.size(planes ? 2 : 1), planes};
+}
+
+// The memory of `count` contiguous tensors with the entries of one block of an image.
+std::vector<void*> part_pointers(const std::vector<Tensor>& parts, int64_t count, const Tensor& like, int64_t blocks) {
+  STD_TORCH_CHECK(int64_t(parts.size()) == count, "phydi_cpu: one part a term");
+  std::vector<void*> pointers;
+  for (const Tensor& part : parts) {
+    STD_TORCH_CHECK(part.is_contiguous(), "phydi_cpu: parts must be contiguous");
+    check_numel(part, like, like.numel() / blocks);
+    pointers.push_back(const_cast<void*>(part.const_data_ptr()));
+  }
+  return pointers;
+}
+
+struct ChannelEpilogueTensors {
+  std::optional<Tensor> bias, alpha;
+  ChannelEpilogue view;
+
+  ChannelEpilogueTensors(const std::optional<Tensor>& bias_, const std::optional<Tensor>& residual,
+                         const std::optional<Tensor>& alpha_, bool relu, const Tensor& y, int64_t channels) {
+    view = {nullptr, nullptr, alpha_ && alpha_->numel() == 1, nullptr, relu};
+    if (bias_) {
+      check_numel(*bias_, y, channels);
+      bias = torch::stable::contiguous(torch::stable::to(*bias_, compute_type(y)));
+      view.bias = bias->const_data_ptr();
+    }
+    if (alpha_) {
+      check_numel(*alpha_, y, view.one_alpha ? 1 : channels);
+      alpha = torch::stable::contiguous(torch::stable::to(*alpha_, compute_type(y)));
+      view.alpha = alpha->const_data_ptr();
+    }
+    if (residual) {
+      STD_TORCH_CHECK(residual->is_contiguous(), "phydi_cpu: the residual must have the layout of the result");
+      check_numel(*residual, y, y.numel());
+      view.residual = residual->const_data_ptr();
+    }
+  }
+};
+
+Tensor pre_add(Tensor x, Tensor W, bool planes) {
+  const Matrix coefficients = matrix(W, x);
+  const Image from = image(x, coefficients.columns, planes);
+  Tensor out =
+      torch::stable::new_empty(x, {coefficients.rows, from.images, from.pixels, from.channels / coefficients.columns});
+  if (out.numel() > 0) kernels().pre_add(dtype_of(x), from, coefficients, out.mutable_data_ptr(), threads());
+  return out;
+}
+
+void post_add(Tensor y, std::vector<Tensor> parts, Tensor V, std::optional<Tensor> bias, std::optional<Tensor> residual,
+              std::optional<Tensor> alpha, bool relu, bool planes) {
+  const Matrix coefficients = matrix(V, y);
+  const Image to = image(y, coefficients.columns, planes);
+  const auto pointers = part_pointers(parts, coefficients.rows, y, coefficients.columns);
+  const ChannelEpilogueTensors e(bias, residual, alpha, relu, y, to.channels);
+  if (y.numel() > 0) kernels().post_add(dtype_of(y), to, pointers.data(), coefficients, e.view, threads());
+}
+
+Tensor block_dots(Tensor x, std::vector<Tensor> parts, int64_t blocks, bool planes) {
+  const Image from = image(x, blocks, planes);
+  const int64_t count = int64_t(parts.size());
+  const auto pointers = part_pointers(parts, count, x, blocks);
+  Tensor out = torch::stable::new_empty(x, {count, blocks}, compute_type(x));
+  if (out.numel() > 0)
+    kernels().block_dots(dtype_of(x), from, pointers.data(), count, blocks, out.mutable_data_ptr(), threads());
+  return out;
+}
+
+void epilogue(Tensor y, std::optional<Tensor> bias, std::optional<Tensor> residual, std::optional<Tensor> alpha,
+              bool relu, bool planes) {
+  const Image to = image(y, 1, planes);
+  const ChannelEpilogueTensors e(bias, residual, alpha, relu, y, to.channels);
+  if (y.numel() > 0) kernels().epilogue(dtype_of(y), to, e.view, threads());
 }
 
 std::string isa() { return kernels().isa; }
@@ -293,9 +563,14 @@ std::string isa() { return kernels().isa; }
 STABLE_TORCH_LIBRARY_IMPL(phydi_cpu, CPU, m) {
   m.impl("phm_linear", TORCH_BOX(&phydi::phm_linear));
   m.impl("phm_linear_weight_grad", TORCH_BOX(&phydi::phm_linear_weight_grad));
+  m.impl("phm_linear_factored", TORCH_BOX(&phydi::phm_linear_factored));
+  m.impl("phm_linear_factored_grad", TORCH_BOX(&phydi::phm_linear_factored_grad));
   m.impl("kron_sum", TORCH_BOX(&phydi::kron_sum));
   m.impl("kron_sum_grad", TORCH_BOX(&phydi::kron_sum_grad));
   m.impl("mix", TORCH_BOX(&phydi::mix));
+  m.impl("pre_add", TORCH_BOX(&phydi::pre_add));
+  m.impl("post_add_", TORCH_BOX(&phydi::post_add));
+  m.impl("block_dots", TORCH_BOX(&phydi::block_dots));
   m.impl("epilogue_", TORCH_BOX(&phydi::epilogue));
 }
 

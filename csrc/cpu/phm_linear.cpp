@@ -11,23 +11,6 @@ constexpr int kDotRows = 2;
 #endif
 constexpr int kDotColumns = 4;
 
-// Rows of a result seen as (row * split + k, width): output block k of a row is a row of its own.
-template <class In>
-struct Output {
-  const Epilogue& e;
-  int64_t split, width;
-
-  void write(int64_t row, int64_t column, int64_t count, const Compute<In>* v) const {
-    const int64_t k = row % split;
-    const int64_t offset = k * width + column;
-    const In* bias = static_cast<const In*>(e.bias);
-    const In* residual = static_cast<const In*>(e.residual.data);
-    finish<In>(v, bias ? bias + offset : nullptr,
-               residual ? residual + row / split * e.residual.stride + offset : nullptr, Compute<In>(e.alpha), e.relu,
-               static_cast<In*>(e.y) + row * width + column, count);
-  }
-};
-
 template <class In, bool panel>
 void multiply(int64_t batch, const Linear<In>& op, const Epilogue& epilogue, const Threads& threads) {
   using T = Compute<In>;
@@ -36,8 +19,6 @@ void multiply(int64_t batch, const Linear<In>& op, const Epilogue& epilogue, con
   const int64_t columns = panel ? op.P * op.p : op.p;
   const int64_t depth = (panel ? op.Q : op.n) * op.lanes_of_segment();
   const Output<In> output{epilogue, split, columns};
-  // Entries of a packed row: floats, or bfloat16 where a lane holds two.
-  using Entry = std::conditional_t<kPerLane<In> == 2, In, T>;
 
   const int64_t strips = ceil_div(columns, kStrip<T>);
   const int64_t strip_bytes = depth * kStrip<T> * int64_t(sizeof(T));
@@ -66,7 +47,7 @@ void multiply(int64_t batch, const Linear<In>& op, const Epilogue& epilogue, con
         for (int64_t k = 0; k < depth; k += kDepth<T>) {
           const int64_t steps = std::min<int64_t>(kDepth<T>, depth - k);
           for (int64_t m = 0; m < count; ++m) {
-            Entry* to = reinterpret_cast<Entry*>(packed.get() + m * kBlockStride<T>);
+            Entry<In>* to = reinterpret_cast<Entry<In>*>(packed.get() + m * kBlockStride<T>);
             panel ? op.plain_row(row + m, k, steps, to) : op.mixed_row(row + m, k, steps, to);
           }
           // The last tile reads rows that do not exist.
@@ -82,7 +63,8 @@ void multiply(int64_t batch, const Linear<In>& op, const Epilogue& epilogue, con
                                                              c_stride);
               if (k + steps < depth) continue;
               for (int64_t r = m; r < std::min<int64_t>(m + kTileRows, count); ++r)
-                output.write(row + r, column, width, c.get() + r * c_stride + j * kStrip<T>);
+                output.write((row + r) / split, (row + r) % split, column, width,
+                             c.get() + r * c_stride + j * kStrip<T>);
             }
           }
         }
@@ -211,7 +193,8 @@ void stream(int64_t batch, const Linear<In>& op, const Epilogue& epilogue, const
           }
         }
       }
-      for (int64_t row = 0; row < rows; ++row) output.write(row, first, columns, results.get() + row * kStreamColumns);
+      for (int64_t row = 0; row < rows; ++row)
+        output.write(row / op.P, row % op.P, first, columns, results.get() + row * kStreamColumns);
     }
   });
 }
@@ -227,6 +210,8 @@ void run(Plan plan, int64_t rows, Rows x, const Algebra& A, const Weights& F, co
       return multiply<In, false>(rows, op, epilogue, threads);
     case Plan::panel:
       return multiply<In, true>(rows, op, epilogue, threads);
+    case Plan::rank:
+      break;  // needs U, V, W; ops.cpp does not pass it
   }
 }
 

@@ -1,5 +1,6 @@
 // phm_linear_weight_grad: (dA, dF) of <grad, H x>.
 #include "linear.h"
+#include "outer.h"
 #include "split.h"
 
 namespace phydi {
@@ -54,7 +55,6 @@ template <class In>
 void run(Plan plan, int64_t batch, Rows grad, Rows x, const Algebra& algebra, const Weights& weights, void* dA,
          void* dF, const Threads& threads) {
   using T = Compute<In>;
-  constexpr int64_t per = kPerLane<In>;
   const T* A = static_cast<const T*>(algebra.data);
   const int64_t n = algebra.n, P = algebra.P, Q = algebra.Q, p = weights.p, q = weights.q;
   const In* g = static_cast<const In*>(grad.data);
@@ -71,67 +71,20 @@ void run(Plan plan, int64_t batch, Rows grad, Rows x, const Algebra& algebra, co
   const int64_t share = std::max<int64_t>(kPackBytes, rows * Q * q * int64_t(sizeof(In)) / n) / int64_t(sizeof(T));
   const int64_t most = std::min(share / (rows * Q), kPackBytes / (Q * kDepth<T> * int64_t(sizeof(T))));
   const int64_t width = std::min(q, std::max<int64_t>(most / kStrip<T> * kStrip<T>, kStrip<T>));
-  const int64_t padded_rows = round_up(rows, kTileRows);
   const int64_t strips_most = ceil_div(Q * width, kStrip<T>);
-  const int64_t blocks = ceil_div(rows, kBlockRows);
-  const Scratch<T> G(padded_rows * strips_most * kStrip<T>);
-  const Scratch<T> packed_x(strips_most * kStrip<T> * kDepth<T>);
+  const Scratch<T> G(round_up(rows, kTileRows) * strips_most * kStrip<T>);
+  const Scratch<T> scratch(strips_most * kStrip<T> * kDepth<T>);
 
   for (int64_t s = 0; s < q; s += width) {
     const int64_t some = std::min(width, q - s);
-    const int64_t columns = Q * some, strips = ceil_div(columns, kStrip<T>), stride = strips * kStrip<T>;
-    if (batch == 0) std::fill(G.get(), G.get() + padded_rows * stride, T(0));
-    for (int64_t b = 0; b < batch; b += per * kDepth<T>) {
-      const int64_t steps = std::min<int64_t>(per * kDepth<T>, batch - b), lanes = ceil_div(steps, per);
-      parallel(threads, strips, [&](int64_t strip) {
-        for (int64_t v = 0; v < kStrip<T>; v += kLanes<T>) {
-          T* to = packed_x.get() + strip * lanes * kStrip<T> + v;
-          const int64_t first = strip * kStrip<T> + v, last = std::min<int64_t>(first + kLanes<T>, columns);
-          // Column c is entry c % some of block c / some; most vectors lie within one block.
-          const int64_t offset = first / some * q + first % some, run = std::min(last - first, some - first % some);
-          for (int64_t lane = 0; lane < lanes; ++lane) {
-            T line[per][kLanes<T>] = {};
-            for (int64_t h = 0; h < per && lane * per + h < steps && first < last; ++h) {
-              const In* row = xs + (b + lane * per + h) * x.stride + s;
-              store(line[h], load_some(row + offset, run));
-              for (int64_t c = first + run; c < last; c += some) {
-                const int64_t next = std::min(last - c, some);
-                store_some(line[h] + c - first, load_some(row + c / some * q, next), next);
-              }
-            }
-            store(to + lane * kStrip<T>, packed<In>(line));
-          }
-        }
-      });
-      const int64_t workers = std::min(blocks, threads.count);
-      parallel(threads, workers, [&](int64_t worker) {
-        // Tiles of grad, one lane of kTileRows entries after the other; a vector may be written past the last.
-        const Scratch<T> packed_g(kBlockRows * kDepth<T> + kLanes<T>);
-        for (int64_t block = blocks * worker / workers; block < blocks * (worker + 1) / workers; ++block) {
-          const int64_t row = block * kBlockRows, count = std::min<int64_t>(kBlockRows, rows - row);
-          for (int64_t m = 0; m < count; m += kTileRows) {
-            T* to = packed_g.get() + m * kDepth<T>;
-            for (int64_t lane = 0; lane < lanes; ++lane, to += kTileRows) {
-              for (int64_t v = 0; v < kTileRows; v += kLanes<T>) {
-                T line[per][kLanes<T>] = {};
-                const int64_t at = row + m + v;
-                for (int64_t h = 0; h < per && lane * per + h < steps && at < rows; ++h)
-                  store(line[h], load_some(g + (b + lane * per + h) * grad.stride + at, rows - at));
-                store(to + v, packed<In>(line));
-              }
-            }
-          }
-          for (int64_t strip = 0; strip < strips; ++strip) {
-            const int64_t column = strip * kStrip<T>;
-            for (int64_t m = 0; m < count; m += kTileRows) {
-              tile<In, 1, kTileRows>(kTileRows, columns - column)(lanes, packed_g.get() + m * kDepth<T>,
-                                                                  packed_x.get() + strip * lanes * kStrip<T>, b == 0,
-                                                                  G.get() + (row + m) * stride + column, stride);
-            }
-          }
-        }
-      });
-    }
+    const int64_t columns = Q * some, stride = round_up(columns, kStrip<T>);
+    const auto rows_of_grad = [&](int64_t b, int64_t first, int64_t count, T* to) {
+      copy_row(g + b * grad.stride + first, to, count);
+    };
+    const auto columns_of_x = [&](int64_t b, int64_t, int64_t, T* to) {
+      for (int64_t l = 0; l < Q; ++l) copy_row(xs + b * x.stride + l * q + s, to + l * some, some);
+    };
+    outer_product<In>(batch, rows, columns, rows_of_grad, columns_of_x, scratch, G.get(), stride, threads);
     const Split<In, T, In> split{A,
                                  n,
                                  P,

@@ -42,6 +42,10 @@ template <>
 constexpr int kPerLane<bf16> = 2;
 #endif
 
+// Entries of a packed row: of the compute type, or bfloat16 where a lane holds two.
+template <class In>
+using Entry = std::conditional_t<kPerLane<In> == 2, bf16_operand, Compute<In>>;
+
 // One vector of a packed operand from kPerLane lines of entries.
 template <class In>
 inline Vec<Compute<In>> packed(const Compute<In> (&line)[kPerLane<In>][kLanes<Compute<In>>]) {
@@ -116,8 +120,9 @@ TileFn<Compute<In>> tile_of_columns(int64_t columns) {
 
 template <class In, int row_stride, int step_stride>
 TileFn<Compute<In>> tile(int64_t rows, int64_t columns) {
-  constexpr int half = (kTileRows + 1) / 2;
-  if (rows > half) return tile_of_columns<In, row_stride, step_stride, kTileRows>(columns);
+  constexpr int most = (kTileRows + 2) / 2, half = most / 2;
+  if (rows > most) return tile_of_columns<In, row_stride, step_stride, kTileRows>(columns);
+  if (rows > half) return tile_of_columns<In, row_stride, step_stride, most>(columns);
   if (rows > half / 2) return tile_of_columns<In, row_stride, step_stride, half>(columns);
   return tile_of_columns<In, row_stride, step_stride, half / 2>(columns);
 }

@@ -27,6 +27,11 @@ struct bf16 {
 struct f16 {
   uint16_t bits;
 };
+// A bfloat16 operand of a packed product. The processor's conversion takes subnormal numbers for zero, and so does its
+// product.
+struct bf16_operand {
+  uint16_t bits;
+};
 
 // The type to add and multiply in.
 template <class In>
@@ -121,14 +126,32 @@ static inline U32s round_to_bf16(Vec<float> v) {
 }
 
 static inline void store(bf16* p, Vec<float> v) {
+#if defined(__AVX512BF16__)
+  // The instruction takes subnormal numbers for zero.
+  if (__builtin_expect(_mm512_fpclass_ps_mask((__m512)v, 0x20) == 0, 1)) {
+    const __m256bh half = _mm512_cvtneps_pbh((__m512)v);
+    memcpy(p, &half, sizeof half);
+    return;
+  }
+#endif
   const U16s half = __builtin_convertvector(round_to_bf16(v) >> 16, U16s);
   memcpy(p, &half, sizeof half);
 }
 
+#if defined(__AVX512BF16__)
 // Lanes of bfloat16 pairs: the first in the lower half.
 static inline Vec<float> bf16_pairs(Vec<float> first, Vec<float> second) {
-  return (Vec<float>)((round_to_bf16(first) >> 16) | round_to_bf16(second));
+  const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
+                                         5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return (Vec<float>)_mm512_permutexvar_epi16(order, halves);
 }
+
+static inline void store(bf16_operand* p, Vec<float> v) {
+  const __m256bh half = _mm512_cvtneps_pbh((__m512)v);
+  memcpy(p, &half, sizeof half);
+}
+#endif
 
 static inline void store(f16* p, Vec<float> v) {
 #if defined(__AVX512F__)

@@ -22,19 +22,51 @@ _LIB.define(
     "-> Tensor"
 )
 _LIB.define("phm_linear_weight_grad(Tensor grad, Tensor x, Tensor A, Tensor F, int plan) -> (Tensor, Tensor)")
+_LIB.define(
+    "phm_linear_factored(Tensor x, Tensor? U, Tensor V, Tensor W, Tensor F, Tensor? bias, Tensor? residual, "
+    "Tensor? alpha, bool relu, int plan) -> Tensor"
+)
+_LIB.define(
+    "phm_linear_factored_grad(Tensor grad, Tensor x, Tensor U, Tensor V, Tensor W, Tensor F, int plan) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
 # H = sum_i A_i (x) F_i for the blocks of H that A selects, and (dA, dF) from the gradient of those blocks.
 _LIB.define("kron_sum(Tensor A, Tensor F) -> Tensor")
 _LIB.define("kron_sum_grad(Tensor G, Tensor A, Tensor F) -> (Tensor, Tensor)")
 # out[b, k, c, i, s] = sum_l A[i, k, l] x[b, c, l, s].
 _LIB.define("mix(Tensor x, Tensor A) -> Tensor")
-# y = residual + alpha * act(y), all of one memory layout.
-_LIB.define("epilogue_(Tensor(a!) y, Tensor? residual, Tensor? alpha, bool relu) -> ()")
+# Images are (B, channels, pixels) if planes, else (B, pixels, channels); W and V are in the compute type.
+# out[r, b, m, s] = sum_l W[r, l] x_l[b, m, s], x_l block l of the channels of x.
+_LIB.define("pre_add(Tensor x, Tensor W, bool planes) -> Tensor")
+# y_k = sum_r V[r, k] parts_r, then the epilogue: residual + alpha * act(y + bias), bias and alpha along the channels.
+_LIB.define(
+    "post_add_(Tensor(a!) y, Tensor[] parts, Tensor V, Tensor? bias, Tensor? residual, Tensor? alpha, bool relu, "
+    "bool planes) -> ()"
+)
+# out[r, l] = <parts_r, x_l>.
+_LIB.define("block_dots(Tensor x, Tensor[] parts, int blocks, bool planes) -> Tensor")
+_LIB.define("epilogue_(Tensor(a!) y, Tensor? bias, Tensor? residual, Tensor? alpha, bool relu, bool planes) -> ()")
 # The instruction set the kernels run with on this machine.
 _LIB.define("isa() -> str")
 
-_OPERATORS = ("phm_linear", "phm_linear_weight_grad", "kron_sum", "kron_sum_grad", "mix", "epilogue_", "isa")
+_OPERATORS = (
+    "phm_linear",
+    "phm_linear_weight_grad",
+    "phm_linear_factored",
+    "phm_linear_factored_grad",
+    "kron_sum",
+    "kron_sum_grad",
+    "mix",
+    "pre_add",
+    "post_add_",
+    "block_dots",
+    "epilogue_",
+    "isa",
+)
 _phm_linear = torch.ops.phydi_cpu.phm_linear.default
 _phm_linear_weight_grad = torch.ops.phydi_cpu.phm_linear_weight_grad.default
+_phm_linear_factored = torch.ops.phydi_cpu.phm_linear_factored.default
+_phm_linear_factored_grad = torch.ops.phydi_cpu.phm_linear_factored_grad.default
 
 
 def load() -> str:
@@ -80,3 +112,24 @@ def phm_linear(
 
 def phm_linear_weight_grad(grad: Tensor, x: Tensor, A: Tensor, F: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
     return _phm_linear_weight_grad(grad, x, A, F, int(plan))
+
+
+def phm_linear_factored(
+    x: Tensor,
+    U: Tensor | None,
+    V: Tensor,
+    W: Tensor,
+    F: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    alpha: Tensor | None,
+    activation: str,
+    plan: Plan,
+) -> Tensor:
+    return _phm_linear_factored(x, U, V, W, F, bias, residual, alpha, activation == "relu", int(plan))
+
+
+def phm_linear_factored_grad(
+    grad: Tensor, x: Tensor, U: Tensor, V: Tensor, W: Tensor, F: Tensor, plan: Plan
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _phm_linear_factored_grad(grad, x, U, V, W, F, int(plan))

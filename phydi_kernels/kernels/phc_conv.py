@@ -34,17 +34,17 @@ def memory_format(x: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
-def _to_work_dtype(*tensors: Tensor | None) -> list[Any]:
+def to_work_dtype(*tensors: Tensor | None) -> list[Any]:
     return [t.float() if t is not None and t.dtype == torch.float16 else t for t in tensors]
 
 
-def _convolution(
+def convolution(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int], padding: list[int], dilation: list[int]
 ) -> Tensor:
     return torch.ops.aten.convolution(x, weight, bias, stride, padding, dilation, False, [0] * len(stride), 1)
 
 
-def _convolution_backward(
+def convolution_backward(
     grad: Tensor, x: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int], *, of: int
 ) -> Tensor:
     """The gradient of the input (of=0) or of the weight (of=1)."""
@@ -54,12 +54,12 @@ def _convolution_backward(
     )[of]
 
 
-def _input_grad(
+def input_grad(
     grad: Tensor, weight: Tensor, size: list[int], stride: list[int], padding: list[int], dilation: list[int]
 ) -> Tensor:
     # The input's values do not matter for its gradient; its size and memory format do.
     x = torch.empty(size, dtype=grad.dtype, device=grad.device, memory_format=memory_format(grad))
-    return _convolution_backward(grad, x, weight, stride, padding, dilation, of=0)
+    return convolution_backward(grad, x, weight, stride, padding, dilation, of=0)
 
 
 def output_size(
@@ -70,6 +70,13 @@ def output_size(
         (s + 2 * pad - e * (k - 1) - 1) // st + 1
         for s, k, st, pad, e in zip(size, kernel, stride, padding, dilation, strict=True)
     ]
+
+
+def as_image(t: Tensor, planes: bool) -> Tensor:
+    """(B, channels, *spatial) as (B, channels, pixels) if contiguous, ``planes``, else as (B, pixels, channels)."""
+    B, channels, *spatial = t.shape
+    pixels = math.prod(spatial)
+    return t.view(B, channels, pixels) if planes else t.movedim(1, -1).view(B, pixels, channels)
 
 
 def _join_batch(y: Tensor, blocks: int, fmt: torch.memory_format) -> Tensor:
@@ -127,29 +134,29 @@ def phc_conv(
     plan: Plan,
 ) -> Tensor:
     dtype = x.dtype
-    x, A, F, bias, residual, alpha = _to_work_dtype(x, A, F, bias, residual, alpha)
+    x, A, F, bias, residual, alpha = to_work_dtype(x, A, F, bias, residual, alpha)
     P, Q = A.shape[1:]
     p, _, *kernel = F.shape[1:]
     fmt = memory_format(x)
     x = x.contiguous(memory_format=fmt)
     size = output_size(x.shape[2:], kernel, stride, padding, dilation)
     if plan is Plan.MIX:
-        h = _convolution(mix(x, A), F.transpose(0, 1).flatten(1, 2), None, stride, padding, dilation)
+        h = convolution(mix(x, A), F.transpose(0, 1).flatten(1, 2), None, stride, padding, dilation)
         h = _join_batch(h, P, fmt)
-        if bias is not None:
-            h.add_(bias.view(-1, *[1] * len(size)))
     else:
 
         def panel(ks: slice) -> Tensor:
             panel_bias = None if bias is None else bias[_channels(ks, p)]
-            return _convolution(x, _ops.kron_sum.default(A[:, ks], F), panel_bias, stride, padding, dilation)
+            return convolution(x, _ops.kron_sum.default(A[:, ks], F), panel_bias, stride, padding, dilation)
 
         blocks = _blocks(P, F[0].numel() * Q, F.element_size())
         h = _in_panels(panel, blocks, p, [x.shape[0], P * p, *size], fmt)
-    if residual is not None or alpha is not None or activation == "relu":
+    late_bias = bias if plan is Plan.MIX else None
+    if any(t is not None for t in (late_bias, residual, alpha)) or activation == "relu":
+        planes = fmt is torch.contiguous_format
         if residual is not None:
-            residual = residual.contiguous(memory_format=fmt)
-        _ops.epilogue_.default(h, residual, alpha, activation == "relu")
+            residual = as_image(residual.contiguous(memory_format=fmt), planes)
+        _ops.epilogue_.default(as_image(h, planes), late_bias, residual, alpha, activation == "relu", planes)
     return h.to(dtype)
 
 
@@ -164,7 +171,7 @@ def phc_conv_input_grad(
     plan: Plan,
 ) -> Tensor:
     dtype = grad.dtype
-    grad, A, F = _to_work_dtype(grad, A, F)
+    grad, A, F = to_work_dtype(grad, A, F)
     P, Q = A.shape[1:]
     q = F.shape[2]
     B, _, *spatial = input_size
@@ -172,13 +179,13 @@ def phc_conv_input_grad(
     grad = grad.contiguous(memory_format=fmt)
     if plan is Plan.MIX:
         mixed = mix(grad, A.transpose(1, 2))
-        dx = _input_grad(mixed, F.flatten(0, 1), [B * Q, q, *spatial], stride, padding, dilation)
+        dx = input_grad(mixed, F.flatten(0, 1), [B * Q, q, *spatial], stride, padding, dilation)
         dx = _join_batch(dx, Q, fmt)
     else:
 
         def panel(ls: slice) -> Tensor:
             columns = _ops.kron_sum.default(A[:, :, ls], F)
-            return _input_grad(grad, columns, [B, columns.shape[1], *spatial], stride, padding, dilation)
+            return input_grad(grad, columns, [B, columns.shape[1], *spatial], stride, padding, dilation)
 
         dx = _in_panels(panel, _blocks(Q, F[0].numel() * P, F.element_size()), q, input_size, fmt)
     return dx.to(dtype)
@@ -187,8 +194,8 @@ def phc_conv_input_grad(
 def phc_conv_weight_grad(
     grad: Tensor, x: Tensor, A: Tensor, F: Tensor, stride: list[int], padding: list[int], dilation: list[int]
 ) -> tuple[Tensor, Tensor]:
-    dtype = x.dtype
-    grad, x, A, F = _to_work_dtype(grad, x, A, F)
+    dtype, algebra_dtype = x.dtype, A.dtype
+    grad, x, A, F = to_work_dtype(grad, x, A, F)
     P, Q = A.shape[1:]
     p = F.shape[1]
     x = x.contiguous(memory_format=memory_format(x))
@@ -197,8 +204,8 @@ def phc_conv_weight_grad(
     for ks in _blocks(P, F[0].numel() * Q, F.element_size()):
         g = grad[:, _channels(ks, p)]
         shape = (g.shape[1], x.shape[1], *F.shape[3:])
-        G = _convolution_backward(g, x, x.new_empty(shape), stride, padding, dilation, of=1)
+        G = convolution_backward(g, x, x.new_empty(shape), stride, padding, dilation, of=1)
         part_A, part_F = _ops.kron_sum_grad.default(G.contiguous(), A[:, ks], F)
         dA.append(part_A)
         dF.add_(part_F)
-    return torch.cat(dA, 1).to(dtype), dF.to(dtype)
+    return torch.cat(dA, 1).to(algebra_dtype), dF.to(dtype)

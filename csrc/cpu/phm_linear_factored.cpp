@@ -1,0 +1,556 @@
+// phm_linear_factored: y_k = sum_r V[r,k] (sum_i U[r,i] F_i) (sum_l W[r,l] x_l), R products of blocks, and its
+// gradients.
+//
+// Packing forms both factors of a product, x-hat_r = sum_l W[r,l] x_l and F-hat_r = sum_i U[r,i] F_i, and the products
+// of a strip of columns, the y-hat_r, are combined by V while they are in cache.
+#include "outer.h"
+#include "split.h"
+
+namespace phydi {
+namespace {
+
+// The packed input of a group of ranks, or of as many rows of one rank, takes at most this much of L2.
+constexpr int64_t kGroupBytes = 448 << 10;
+
+// One direction of the bilinear algorithm: results[o] = sum_r out[r,o] (F-hat_r x-hat_r), x-hat_r = sum_j in[r,j] x_j.
+// Forward in = W, out = V; for the input's gradient in = V, out = W, and F transposed.
+template <class In>
+struct Ranks {
+  using T = Compute<In>;
+  const T *U, *in, *out;
+  int64_t R, n, inputs, outputs;
+  const In* x;
+  int64_t x_stride;
+  const In* F;
+  int64_t p, q, F_i, F_r, F_s;
+
+  // Lanes of the summation of one rank.
+  int64_t depth() const { return ceil_div(q, kPerLane<In>); }
+
+  // Lanes of a strip whose n terms take at most 32 KiB, so that combining them stays in L1; it divides kDepth.
+  int64_t piece() const {
+    const int64_t lane_bytes = (U ? n * kPerLane<In> : 1) * kStrip<T> * int64_t(sizeof(T));
+    int64_t lanes = kLanes<T>;
+    while (lanes < kDepth<T> && 2 * lanes * lane_bytes <= (32 << 10)) lanes *= 2;
+    return lanes;
+  }
+
+  // Term i of F in columns [column, column + columns), lanes [lane, lane + count): to[l * kStrip + c]. Pairs as
+  // they lie, or apart: the second halves of all follow the first.
+  template <bool apart>
+  void pack_term(int64_t i, int64_t column, int64_t columns, int64_t lane, int64_t count, T* to) const {
+    constexpr int64_t per = kPerLane<In>;
+    const In* f = F + i * F_i + column * F_r + lane * per * F_s;
+    if (F_s == 1) {
+      for (int64_t c = 0; c < columns; c += kLanes<T>)
+        for (int64_t l = 0; l < count; l += kLanes<T>)
+          turn<apart>(f + c * F_r + l * per, std::min<int64_t>(columns - c, kLanes<T>), q - (lane + l) * per,
+                      std::min<int64_t>(count - l, kLanes<T>), to + l * kStrip<T> + c, count * kStrip<T>);
+    } else {
+      for (int64_t l = 0; l < count; ++l) {
+        // The lines are far apart, each in a page of its own.
+        for (int64_t h = 0; h < per; ++h) __builtin_prefetch(f + ((l + 8) * per + h) * F_s);
+        for (int64_t c = 0; c < columns; c += kLanes<T>)
+          put<apart>(to + l * kStrip<T> + c, across(f + l * per * F_s + c, columns - c, q - (lane + l) * per),
+                     count * kStrip<T>);
+      }
+    }
+  }
+
+  // F-hat_r of such lanes from all n terms, which follow each other, pairs apart.
+  void combine_terms(const T* terms, int64_t r, int64_t count, T* to) const {
+    const int64_t size = count * kStrip<T>;
+#if defined(__AVX512BF16__)
+    if constexpr (kPerLane<In> == 2) {
+      for (int64_t e = 0; e < size; e += kStrip<T>) {
+        constexpr int some = kTileVectors;
+        Vec<T> first[some] = {}, second[some] = {};
+        for (int64_t i = 0; i < n; ++i) {
+          const Vec<T> u = splat(U[r * n + i]);
+          const T* term = terms + 2 * i * size + e;
+#pragma GCC unroll 4
+          for (int h = 0; h < some; ++h) {
+            first[h] += u * load(term + h * kLanes<T>);
+            second[h] += u * load(term + size + h * kLanes<T>);
+          }
+        }
+#pragma GCC unroll 4
+        for (int h = 0; h < some; ++h) store(to + e + h * kLanes<T>, bf16_pairs(first[h], second[h]));
+      }
+      return;
+    }
+#endif
+    combine(terms, size, U + r * n, 1, n, to, size);
+  }
+
+ private:
+  // A square: lane j of `width` columns with unit stride into vector j; `steps` of each column are left.
+  template <bool apart>
+  void turn(const In* f, int64_t width, int64_t steps, int64_t count, T* to, int64_t size) const {
+    constexpr int64_t lanes = kLanes<T>;
+    Vec<T> rows[lanes];
+    if (width == lanes && steps >= lanes * kPerLane<In>) {
+#pragma GCC unroll 16
+      for (int64_t c = 0; c < lanes; ++c) {
+        rows[c] = load_lanes(f + c * F_r);
+        __builtin_prefetch(f + c * F_r + 4 * lanes * kPerLane<In>);
+      }
+      transpose<T>(rows);
+#pragma GCC unroll 16
+      for (int64_t j = 0; j < lanes; ++j) put<apart>(to + j * kStrip<T>, rows[j], size);
+    } else {
+      for (int64_t c = 0; c < lanes; ++c) rows[c] = c < width ? load_some_lanes(f + c * F_r, steps) : Vec<T>{};
+      transpose<T>(rows);
+      for (int64_t j = 0; j < count; ++j) put<apart>(to + j * kStrip<T>, rows[j], size);
+    }
+  }
+
+  template <bool apart>
+  static void put(T* to, Vec<T> v, [[maybe_unused]] int64_t size) {
+    if constexpr (apart && kPerLane<In> == 2) {
+      store(to, (Vec<T>)((U32s)v << 16));
+      store(to + size, (Vec<T>)((U32s)v & 0xffff0000u));
+    } else {
+      store(to, v);
+    }
+  }
+
+  // One lane of `width` columns that lie beside each other; `steps` of each column are left.
+  Vec<T> across(const In* f, int64_t width, int64_t steps) const {
+    if constexpr (kPerLane<In> == 2) {
+      const Vec<T> second = steps > 1 ? load_some(f + F_s, width) : Vec<T>{};
+      return (Vec<T>)(((U32s)load_some(f, width) >> 16) | (U32s)second);
+    } else {
+      return load_some(f, width);
+    }
+  }
+
+  // kLanes lanes of one column, pairs as they lie.
+  static Vec<T> load_lanes(const In* f) {
+    if constexpr (kPerLane<In> == 2) {
+      Vec<T> pairs;
+      memcpy(&pairs, f, sizeof pairs);
+      return pairs;
+    } else {
+      return load(f);
+    }
+  }
+
+  static Vec<T> load_some_lanes(const In* f, int64_t steps) {
+    if constexpr (kPerLane<In> == 2) {
+      In padded[2 * kLanes<T>] = {};
+      memcpy(padded, f, size_t(std::min<int64_t>(steps, 2 * kLanes<T>)) * sizeof(In));
+      return load_lanes(padded);
+    } else {
+      return load_some(f, steps);
+    }
+  }
+};
+
+// F-hat of `columns` columns from `column` on, a piece of the lanes at a time: each(r, lane, count, packed) takes the
+// lanes [lane, lane + count) of F-hat_r; to(r, lane) says where to write them.
+template <class In, class Where, class Each>
+void pack_pieces(const Ranks<In>& op, int64_t column, int64_t columns, Compute<In>* terms, const Where& to,
+                 const Each& each) {
+  using T = Compute<In>;
+  const int64_t piece = op.piece();
+  for (int64_t lane = 0; lane < op.depth(); lane += piece) {
+    const int64_t count = std::min(piece, op.depth() - lane);
+    if (op.U)
+      for (int64_t i = 0; i < op.n; ++i)
+        op.template pack_term<true>(i, column, columns, lane, count, terms + i * count * kStrip<T> * kPerLane<In>);
+    for (int64_t r = 0; r < op.R; ++r) {
+      T* packed = to(r, lane);
+      op.U ? op.combine_terms(terms, r, count, packed)
+           : op.template pack_term<false>(r, column, columns, lane, count, packed);
+      each(r, lane, count, packed);
+    }
+  }
+}
+
+// The x-hat_r of a group of ranks [first, last) for a block of rows, in segments of at most kDepth lanes: a segment
+// holds several ranks, or a part of one.
+template <class In>
+class MixedRows {
+  using T = Compute<In>;
+
+ public:
+  MixedRows(const Ranks<In>& op, int64_t block_rows, int64_t ranks)
+      : op_(op),
+        padded_(round_up(block_rows, kTileRows)),
+        ranks_(std::max<int64_t>(1, kDepth<T> / op.depth())),
+        parts_(ceil_div(op.depth(), kDepth<T>)),
+        data_(ceil_div(ranks, ranks_) * parts_ * padded_ * kBlockStride<T>) {}
+
+  // Bytes for one row of `ranks` ranks.
+  static int64_t row_bytes(const Ranks<In>& op, int64_t ranks) {
+    const int64_t together = std::max<int64_t>(1, kDepth<T> / op.depth());
+    return ceil_div(ranks, together) * ceil_div(op.depth(), kDepth<T>) * kBlockStride<T> * int64_t(sizeof(T));
+  }
+
+  int64_t parts() const { return parts_; }
+
+  // Lanes of part `part` of a rank.
+  int64_t lanes(int64_t part) const { return std::min<int64_t>(kDepth<T>, op_.depth() - part * kDepth<T>); }
+
+  // Row m of part `part` of the rank `r` places after the first; rows are kBlockStride apart.
+  T* at(int64_t r, int64_t part, int64_t m) const {
+    const int64_t segment = r / ranks_ * parts_ + part;
+    return data_.get() + (segment * padded_ + m) * kBlockStride<T> + r % ranks_ * op_.depth();
+  }
+
+  // Rows [m, end) of the ranks [first, last) from the rows of the input from `row` on; those from `count` on do not
+  // exist, and are zero.
+  void pack(int64_t m, int64_t end, int64_t row, int64_t count, int64_t first, int64_t last) const {
+    const Scratch<T> converted(std::is_same_v<In, T> ? 0 : op_.inputs * op_.q);
+    for (; m < end; ++m) {
+      const In* x = op_.x + (row + m) * op_.x_stride;
+      if constexpr (std::is_same_v<In, T>) {
+        mix(m, x, m < count, first, last);
+      } else {
+        // Once, not once for each rank.
+        if (m < count) copy_row(x, converted.get(), op_.inputs * op_.q);
+        mix(m, converted.get(), m < count, first, last);
+      }
+    }
+  }
+
+ private:
+  void mix(int64_t m, const T* x, bool exists, int64_t first, int64_t last) const {
+    constexpr int64_t per = kPerLane<In>;
+    for (int64_t r = first; r < last; ++r) {
+      for (int64_t part = 0; part < parts_; ++part) {
+        auto* to = reinterpret_cast<Entry<In>*>(at(r - first, part, m));
+        const int64_t from = part * kDepth<T> * per, padded = lanes(part) * per;
+        const int64_t steps = exists ? std::min(padded, op_.q - from) : 0;
+        if (exists) combine(x + from, op_.q, op_.in + r * op_.inputs, 1, op_.inputs, to, steps);
+        std::fill(to + steps, to + padded, Entry<In>{});
+      }
+    }
+  }
+
+  const Ranks<In>& op_;
+  int64_t padded_, ranks_, parts_;
+  Scratch<T> data_;
+};
+
+// to[row][o] (+)= sum_r weight[r,o] products[r][row] for `terms` ranks and two rows of a strip at a time.
+template <class T>
+void combine_products(const T* products, int64_t product_stride, const T* weight, int64_t terms, int64_t outputs,
+                      int64_t rows, bool first, T* to) {
+  constexpr int vectors = kTileVectors, together = 2;
+  // The rows are padded to tiles, so there is always a second one.
+  for (int64_t m = 0; m < rows; m += together) {
+    for (int64_t o = 0; o < outputs; ++o) {
+      Vec<T> total[together][vectors];
+#pragma GCC unroll 4
+      for (int h = 0; h < together; ++h)
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; ++v)
+          total[h][v] = first ? Vec<T>{} : load(to + ((m + h) * outputs + o) * kStrip<T> + v * kLanes<T>);
+      for (int64_t r = 0; r < terms; ++r) {
+        const Vec<T> w = splat(weight[r * outputs + o]);
+#pragma GCC unroll 4
+        for (int h = 0; h < together; ++h)
+#pragma GCC unroll 4
+          for (int v = 0; v < vectors; ++v)
+            total[h][v] += w * load(products + r * product_stride + (m + h) * kStrip<T> + v * kLanes<T>);
+      }
+#pragma GCC unroll 4
+      for (int h = 0; h < together; ++h)
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; ++v) store(to + ((m + h) * outputs + o) * kStrip<T> + v * kLanes<T>, total[h][v]);
+    }
+  }
+}
+
+// dots[r][o] += sum over rows and columns of products[r][row][column] * other[row][o * width + column].
+template <class In>
+struct Dots {
+  using T = Compute<In>;
+  static constexpr int64_t kSide = 4;
+  Rows other;
+  int64_t width, outputs;
+
+  void add(const T* products, int64_t product_stride, int64_t terms, int64_t row, int64_t rows, int64_t column,
+           int64_t columns, Vec<T>* dots) const {
+    const In* from = static_cast<const In*>(other.data) + row * other.stride + column;
+    for (int64_t r = 0; r < terms; r += kSide)
+      for (int64_t o = 0; o < outputs; o += kSide)
+        columns == kStrip<T> ? square<true>(products, product_stride, terms, r, o, from, rows, columns, dots)
+                             : square<false>(products, product_stride, terms, r, o, from, rows, columns, dots);
+  }
+
+ private:
+  // Ranks from r and outputs from o on; those past the last repeat it and are dropped.
+  template <bool whole>
+  void square(const T* products, int64_t product_stride, int64_t terms, int64_t r, int64_t o, const In* from,
+              int64_t rows, int64_t columns, Vec<T>* dots) const {
+    const T* product[kSide];
+    const In* y[kSide];
+    for (int64_t h = 0; h < kSide; ++h) {
+      product[h] = products + std::min(r + h, terms - 1) * product_stride;
+      y[h] = from + std::min(o + h, outputs - 1) * width;
+    }
+    Vec<T> total[kSide][kSide] = {};
+    for (int64_t m = 0; m < rows; ++m) {
+      for (int64_t v = 0; v < columns; v += kLanes<T>) {
+        Vec<T> ys[kSide];
+#pragma GCC unroll 4
+        for (int64_t h = 0; h < kSide; ++h) {
+          const In* at = y[h] + m * other.stride + v;
+          ys[h] = whole ? load(at) : load_some(at, columns - v);
+        }
+#pragma GCC unroll 4
+        for (int64_t g = 0; g < kSide; ++g) {
+          const T* at = product[g] + m * kStrip<T> + v;
+          const Vec<T> p = whole ? load(at) : load_some(at, columns - v);
+#pragma GCC unroll 4
+          for (int64_t h = 0; h < kSide; ++h) total[g][h] += p * ys[h];
+        }
+      }
+    }
+    for (int64_t g = 0; g < std::min(kSide, terms - r); ++g)
+      for (int64_t h = 0; h < std::min(kSide, outputs - o); ++h) dots[(r + g) * outputs + o + h] += total[g][h];
+  }
+};
+
+// The R products, combined into `output` and multiplied with `dots` into dout (R, outputs), where these are not null.
+template <class In>
+void multiply_ranks(int64_t rows, const Ranks<In>& op, const Output<In>* output, const Dots<In>* dots,
+                    Compute<In>* dout, const Threads& threads) {
+  using T = Compute<In>;
+  const int64_t R = op.R, outputs = op.outputs, depth = op.depth();
+  const int64_t strips = ceil_div(op.p, kStrip<T>), strip_size = R * depth * kStrip<T>;
+  // One block of rows: each packed strip is used once, at once. Several: as many strips as fit are packed for all.
+  const bool single = rows <= kBlockRows;
+  int64_t group = R, block_rows = std::max<int64_t>(rows, 1);
+  if (!single) {
+    // Whole tiles, as many blocks for each thread as for the others.
+    const int64_t most = op.p > 8 * kStrip<T> ? kBlockRows / 2 : kBlockRows;
+    const int64_t shares = ceil_div(ceil_div(rows, most), threads.count) * threads.count;
+    block_rows = round_up(ceil_div(rows, shares), kTileRows);
+    while (group > 1 && MixedRows<In>::row_bytes(op, group) * block_rows > kGroupBytes) --group;
+    const int64_t one = MixedRows<In>::row_bytes(op, 1);
+    if (one * block_rows > kGroupBytes)
+      block_rows = std::max<int64_t>(kTileRows, kGroupBytes / one / kTileRows * kTileRows);
+    group = ceil_div(R, ceil_div(R, group));
+  }
+  const int64_t blocks = ceil_div(rows, block_rows), padded = round_up(block_rows, kTileRows);
+  const int64_t share = std::max<int64_t>(kPackBytes, op.n * op.p * op.q * int64_t(sizeof(In)));
+  // At most what keeps the results of a block in L2.
+  const int64_t held = single ? strips
+                              : std::min({strips, std::max<int64_t>(1, share / (strip_size * int64_t(sizeof(T)))),
+                                          std::max<int64_t>(1, 1024 / (kStrip<T> * outputs) * kBlockRows / padded)});
+  const int64_t workers = std::min(single ? strips : blocks, threads.count);
+  const int64_t result_size = padded * outputs * kStrip<T>;
+  const Scratch<Vec<T>> sums(dots ? workers * R * outputs : 0);
+  std::fill(sums.get(), sums.get() + (dots ? workers * R * outputs : 0), Vec<T>{});
+
+  const int64_t product_stride = padded * kStrip<T>;
+  // What becomes of the products of ranks [first, last) with rows [row, row + count) in one strip; `results` (rows,
+  // outputs, kStrip) collects over the groups of ranks.
+  const auto combine_strip = [&](int64_t first, int64_t last, int64_t row, int64_t count, int64_t strip, int64_t worker,
+                                 const T* products, T* results) {
+    const int64_t column = strip * kStrip<T>, width = std::min<int64_t>(op.p - column, kStrip<T>);
+    if (dots)
+      dots->add(products, product_stride, last - first, row, count, column, width,
+                sums.get() + (worker * R + first) * outputs);
+    if (!output) return;
+    combine_products(products, product_stride, op.out + first * outputs, last - first, outputs, count, first == 0,
+                     results);
+    if (last < R) return;
+    for (int64_t m = 0; m < count; ++m)
+      for (int64_t o = 0; o < outputs; ++o)
+        output->write(row + m, o, column, width, results + (m * outputs + o) * kStrip<T>);
+  };
+
+  const int64_t piece = op.piece();
+  if (single) {
+    const MixedRows<In> mixed(op, block_rows, R);
+    const int64_t packers = std::min(padded, threads.count);
+    parallel(threads, packers, [&](int64_t packer) {
+      mixed.pack(padded * packer / packers, padded * (packer + 1) / packers, 0, rows, 0, R);
+    });
+    parallel(threads, workers, [&](int64_t worker) {
+      const Scratch<T> terms(op.n * kPerLane<In> * piece * kStrip<T>), packed(piece * kStrip<T>),
+          products(R * product_stride), results(result_size);
+      for (int64_t strip = strips * worker / workers; strip < strips * (worker + 1) / workers; ++strip) {
+        const int64_t column = strip * kStrip<T>, width = std::min<int64_t>(op.p - column, kStrip<T>);
+        pack_pieces(
+            op, column, width, terms.get(), [&](int64_t, int64_t) { return packed.get(); },
+            [&](int64_t r, int64_t lane, int64_t count, const T* b) {
+              for (int64_t m = 0; m < rows; m += kTileRows)
+                tile<In, kBlockStride<T>, 1>(rows - m, width)(
+                    count, mixed.at(r, lane / kDepth<T>, m) + lane % kDepth<T>, b, lane == 0,
+                    products.get() + r * product_stride + m * kStrip<T>, kStrip<T>);
+            });
+        combine_strip(0, R, 0, rows, strip, worker, products.get(), results.get());
+      }
+    });
+  } else {
+    const Scratch<T> packed(held * strip_size);
+    for (int64_t first_strip = 0; first_strip < strips; first_strip += held) {
+      const int64_t some = std::min(held, strips - first_strip);
+      parallel(threads, some, [&](int64_t j) {
+        const Scratch<T> terms(op.n * kPerLane<In> * piece * kStrip<T>);
+        const int64_t column = (first_strip + j) * kStrip<T>;
+        pack_pieces(
+            op, column, std::min<int64_t>(op.p - column, kStrip<T>), terms.get(),
+            [&](int64_t r, int64_t lane) { return packed.get() + j * strip_size + (r * depth + lane) * kStrip<T>; },
+            [](int64_t, int64_t, int64_t, const T*) {});
+      });
+      parallel(threads, workers, [&](int64_t worker) {
+        const MixedRows<In> mixed(op, block_rows, group);
+        const Scratch<T> products(group * product_stride), results(some * result_size);
+        for (int64_t block = blocks * worker / workers; block < blocks * (worker + 1) / workers; ++block) {
+          const int64_t row = block * block_rows, count = std::min(block_rows, rows - row);
+          for (int64_t first = 0; first < R; first += group) {
+            const int64_t last = std::min(first + group, R);
+            mixed.pack(0, round_up(count, kTileRows), row, count, first, last);
+            for (int64_t j = 0; j < some; ++j) {
+              const int64_t strip = first_strip + j;
+              for (int64_t r = first; r < last; ++r) {
+                for (int64_t part = 0; part < mixed.parts(); ++part) {
+                  const T* b = packed.get() + j * strip_size + (r * depth + part * kDepth<T>)*kStrip<T>;
+                  for (int64_t m = 0; m < count; m += kTileRows)
+                    tile<In, kBlockStride<T>, 1>(count - m, op.p - strip * kStrip<T>)(
+                        mixed.lanes(part), mixed.at(r - first, part, m), b, part == 0,
+                        products.get() + (r - first) * product_stride + m * kStrip<T>, kStrip<T>);
+                }
+              }
+              combine_strip(first, last, row, count, strip, worker, products.get(), results.get() + j * result_size);
+            }
+          }
+        }
+      });
+    }
+  }
+  if (!dots) return;
+  for (int64_t e = 0; e < R * outputs; ++e) {
+    Vec<T> total{};
+    for (int64_t worker = 0; worker < workers; ++worker) total += sums.get()[worker * R * outputs + e];
+    dout[e] = sum<T>(total);
+  }
+}
+
+template <class In>
+Ranks<In> forward_ranks(Rows x, const Factors& f, const Weights& w) {
+  using T = Compute<In>;
+  return {static_cast<const T*>(f.U),
+          static_cast<const T*>(f.W),
+          static_cast<const T*>(f.V),
+          f.R,
+          f.n,
+          f.Q,
+          f.P,
+          static_cast<const In*>(x.data),
+          x.stride,
+          static_cast<const In*>(w.data),
+          w.p,
+          w.q,
+          w.stride_i,
+          w.stride_r,
+          w.stride_s};
+}
+
+template <class In>
+void forward(int64_t rows, Rows x, const Factors& factors, const Weights& weights, const Epilogue& epilogue,
+             const Threads& threads) {
+  const Ranks<In> op = forward_ranks<In>(x, factors, weights);
+  const Output<In> output{epilogue, op.outputs, op.p};
+  multiply_ranks<In>(rows, op, &output, nullptr, nullptr, threads);
+}
+
+// dF_i = sum_r U[r,i] G_r and dU[r,i] = <F_i, G_r> from G_r = g-hat_r^T x-hat_r, g-hat_r = sum_k V[r,k] grad_k.
+template <class In>
+void weights_grad(int64_t batch, Rows grad, Rows x, const Factors& f, const Weights& weights, void* dU, void* dF,
+                  const Threads& threads) {
+  using T = Compute<In>;
+  const T *U = static_cast<const T*>(f.U), *V = static_cast<const T*>(f.V), *W = static_cast<const T*>(f.W);
+  const int64_t n = f.n, R = f.R, p = weights.p, q = weights.q;
+  const Scratch<T> terms(2 * n * R);
+  T *by_term = terms.get(), *dU_by_term = terms.get() + n * R;
+  for (int64_t i = 0; i < n; ++i)
+    for (int64_t r = 0; r < R; ++r) by_term[i * R + r] = U[r * n + i];
+  std::fill(dU_by_term, dU_by_term + n * R, T(0));
+
+  // Columns [s, s + width) of every rank at a time: the G_r stay within 1/n of H, the packed input within kPackBytes.
+  const int64_t share = std::max<int64_t>(kPackBytes, n * p * q * int64_t(sizeof(In))) / int64_t(sizeof(T));
+  const int64_t most = std::min<int64_t>(share / (R * p), kPackBytes / int64_t(sizeof(T)) / kDepth<T>);
+  const int64_t width = std::min(q, std::max<int64_t>(most / kStrip<T> * kStrip<T>, kStrip<T>));
+  const int64_t stride = round_up(width, kStrip<T>), rows = round_up(p, kTileRows);
+  const Scratch<T> G(R * rows * stride), scratch(stride * kDepth<T>);
+  for (int64_t s = 0; s < q; s += width) {
+    const int64_t columns = std::min(width, q - s);
+    for (int64_t r = 0; r < R; ++r) {
+      const auto mixed = [r](Rows from, int64_t b, int64_t at, int64_t size, int64_t blocks, const T* weight,
+                             int64_t count, T* to) {
+        const In* row = static_cast<const In*>(from.data) + b * from.stride + at;
+        // The pieces of the next rows: too short for the processor to foresee.
+        for (int64_t l = 0; l < blocks; ++l)
+          for (int64_t j = 0; j < count; j += 64 / int64_t(sizeof(In)))
+            __builtin_prefetch(row + 2 * from.stride + l * size + j);
+        combine(row, size, weight + r * blocks, 1, blocks, to, count);
+      };
+      outer_product<In>(
+          batch, p, columns,
+          [&](int64_t b, int64_t first, int64_t count, T* to) { mixed(grad, b, first, p, f.P, V, count, to); },
+          [&](int64_t b, int64_t, int64_t count, T* to) { mixed(x, b, s, q, f.Q, W, count, to); }, scratch,
+          G.get() + r * rows * stride, stride, threads);
+    }
+    const Split<In, T, In> split{by_term,
+                                 n,
+                                 R,
+                                 1,
+                                 static_cast<const In*>(weights.data) + s,
+                                 weights.stride_i,
+                                 weights.stride_r,
+                                 G.get(),
+                                 rows * stride,
+                                 stride,
+                                 0,
+                                 static_cast<In*>(dF) + s,
+                                 p * q,
+                                 q};
+    split_all(split, p, columns, dU_by_term, threads);
+  }
+  for (int64_t i = 0; i < n; ++i)
+    for (int64_t r = 0; r < R; ++r) static_cast<T*>(dU)[r * n + i] = dU_by_term[i * R + r];
+}
+
+template <class In>
+void gradients(int64_t rows, Rows grad, Rows x, const Factors& f, const Weights& w, void* dx, void* dU, void* dV,
+               void* dW, void* dF, const Threads& threads) {
+  using T = Compute<In>;
+  // dV[r,k] = <grad_k, F-hat_r x-hat_r>.
+  const Dots<In> with_grad{grad, w.p, f.P};
+  multiply_ranks<In>(rows, forward_ranks<In>(x, f, w), nullptr, &with_grad, static_cast<T*>(dV), threads);
+  // dx_l = sum_r W[r,l] t_r and dW[r,l] = <x_l, t_r> with t_r = F-hat_r^T g-hat_r.
+  const Factors exchanged{f.U, f.W, f.V, f.R, f.n, f.Q, f.P};
+  const Weights transposed{w.data, w.q, w.p, w.stride_i, w.stride_s, w.stride_r};
+  const Epilogue epilogue{nullptr, {nullptr, 0}, 1.0, nullptr, false, dx};
+  const Output<In> output{epilogue, f.Q, w.q};
+  const Dots<In> with_x{x, w.q, f.Q};
+  multiply_ranks<In>(rows, forward_ranks<In>(grad, exchanged, transposed), &output, &with_x, static_cast<T*>(dW),
+                     threads);
+  weights_grad<In>(rows, grad, x, f, w, dU, dF, threads);
+}
+
+}  // namespace
+
+namespace PHYDI_ISA {
+
+void phm_linear_factored(DType dtype, int64_t rows, Rows x, const Factors& factors, const Weights& F, const Epilogue& e,
+                         const Threads& threads) {
+  with_type(dtype, [&](auto type) { forward<decltype(type)>(rows, x, factors, F, e, threads); });
+}
+
+void phm_linear_factored_grad(DType dtype, int64_t rows, Rows grad, Rows x, const Factors& factors, const Weights& F,
+                              void* dx, void* dU, void* dV, void* dW, void* dF, const Threads& threads) {
+  with_type(dtype,
+            [&](auto type) { gradients<decltype(type)>(rows, grad, x, factors, F, dx, dU, dV, dW, dF, threads); });
+}
+
+}  // namespace PHYDI_ISA
+}  // namespace phydi
