@@ -50,6 +50,14 @@ def test_weighted_kronecker_products_add_n_parameters_a_convolution():
     assert count(phresnet18(4, init="wkp", device="meta")) == 2_805_962 + 20 * 4
 
 
+@pytest.mark.parametrize(("algebra_rank", "R"), [(4, 4), ("generic", 7)])
+def test_terms_replace_the_algebra_of_every_convolution(algebra_rank, R):
+    model = phresnet18(4, algebra_rank=algebra_rank, device="meta")
+    convs = [m for m in model.modules() if isinstance(m, PHConv2d)]
+    assert [conv.algebra_rank for conv in convs] == [R] * 20
+    assert count(model) == count(phresnet18(4, device="meta")) + 20 * (3 * R * 4 - 4**3)
+
+
 def test_real_counts_of_the_other_depths():
     # torchvision's counts with a 3x3 stem (1,728 weights for 9,408) and 10 classes for 1,000.
     assert count(phresnet34(1, device="meta")) == 21_797_672 - (9_408 - 1_728) - 990 * 513
@@ -74,10 +82,10 @@ def test_stage_widths(n, width, expected):
 
 
 @pytest.mark.parametrize("init", INITS)
-@pytest.mark.parametrize("depth", MAKERS)
-def test_forward_and_backward_are_finite(depth, init):
+@pytest.mark.parametrize(("depth", "algebra_rank"), [*((depth, None) for depth in MAKERS), (18, 3), (50, 3)])
+def test_forward_and_backward_are_finite(depth, algebra_rank, init):
     torch.manual_seed(0)
-    model = MAKERS[depth](2, init=init, width=4)
+    model = MAKERS[depth](2, init=init, width=4, algebra_rank=algebra_rank)
     logits = model(torch.randn(2, 3, 8, 8))
     assert logits.shape == (2, 10)
     nn.functional.cross_entropy(logits, torch.tensor([1, 2])).backward()
@@ -164,17 +172,37 @@ def test_phydi_blocks_are_their_shortcuts_at_the_start(make):
     assert sum(isinstance(block.shortcut, nn.Identity) for block in blocks) == {8: 5, 16: 12}[len(blocks)]
 
 
-def test_wkp_weighs_the_terms_of_every_convolution():
-    convs = [m for m in phresnet18(4, init="wkp", width=4).modules() if isinstance(m, PHConv2d)]
+@pytest.mark.parametrize("init", INITS)
+def test_models_of_one_algebra_compute_the_same(init):
+    """A model with A in each convolution, and one with U, V and W of the same A."""
+    torch.manual_seed(0)
+    factored = phresnet18(4, init=init, width=4, algebra_rank=5, dtype=torch.float64).eval()
+    with torch.no_grad():
+        for p in factored.parameters():
+            p.add_(torch.randn_like(p), alpha=0.1)
+    dense = phresnet18(4, init=init, width=4, dtype=torch.float64).eval()
+    state = {k: v for k, v in factored.state_dict().items() if k.rpartition(".")[2] not in ("U", "V", "W")}
+    for name, conv in factored.named_modules():
+        if isinstance(conv, PHConv2d):
+            state[f"{name}.A"] = torch.einsum("ri,rk,rl->ikl", conv.U, conv.V, conv.W)
+    dense.load_state_dict(state)
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    torch.testing.assert_close(factored(x), dense(x))
+
+
+@pytest.mark.parametrize("algebra_rank", [None, 7])
+def test_wkp_weighs_the_terms_of_every_convolution(algebra_rank):
+    model = phresnet18(4, init="wkp", width=4, algebra_rank=algebra_rank)
+    convs = [m for m in model.modules() if isinstance(m, PHConv2d)]
     assert len(convs) == 20
     assert all(conv.kron_weights.tolist() == [1.0] * 4 for conv in convs)
 
 
-@pytest.mark.parametrize("n", [1, 4])
+@pytest.mark.parametrize(("n", "algebra_rank"), [(1, None), (4, None), (4, 7)])
 @pytest.mark.parametrize(("make", "power"), [(phresnet18, -0.5), (phresnet50, -0.25)])
-def test_fixup(make, power, n):
+def test_fixup(make, power, n, algebra_rank):
     torch.manual_seed(0)
-    model = make(n, init="fixup", width=16)
+    model = make(n, init="fixup", width=32, algebra_rank=algebra_rank)
     assert not any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
     assert torch.equal(model(torch.randn(2, 3, 8, 8)), torch.zeros(2, 10))
     blocks = [m for m in model.modules() if isinstance(m, ResidualBlock)]
@@ -217,6 +245,9 @@ def test_weight_init():
     quaternion = phresnet18(4, width=16, weight_init=algebra.quaternions())
     convs = [m for m in quaternion.modules() if isinstance(m, PHConv2d)]
     assert all(torch.equal(conv.A, algebra.quaternions().float()) for conv in convs)
+    factored = phresnet18(4, width=16, weight_init=algebra.quaternions(), algebra_rank=8)
+    for conv in (m for m in factored.modules() if isinstance(m, PHConv2d)):
+        torch.testing.assert_close(conv.structure(), algebra.quaternions().float())
     reference, fan = (phresnet18(4, width=16, weight_init=init).layer4[1].branch.conv2 for init in ("reference", "fan"))
     variances = [conv.dense_weight().var().item() for conv in (reference, fan)]
     assert variances[1] / variances[0] == pytest.approx(32 + 4, rel=0.5)
@@ -228,15 +259,18 @@ def test_weight_init_of_the_real_network(weight_init, variance):
     assert weight.var().item() == pytest.approx(variance / (64 * 9), rel=0.05)
 
 
+@pytest.mark.parametrize("algebra_rank", [None, 7])
 @pytest.mark.parametrize("init", INITS)
-def test_state_dict_holds_plain_names_and_survives_copies(init):
+def test_state_dict_holds_plain_names_and_survives_copies(init, algebra_rank):
     torch.manual_seed(0)
-    model = phresnet18(4, init=init, width=4).eval()
-    plain = {"A", "F", "kron_weights", "alpha", "weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
+    options = {"init": init, "width": 4, "algebra_rank": algebra_rank}
+    model = phresnet18(4, **options).eval()
+    plain = {"A"} if algebra_rank is None else {"U", "V", "W"}
+    plain |= {"F", "kron_weights", "alpha", "weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
     assert {key.rpartition(".")[2] for key in model.state_dict()} <= plain
     x = torch.randn(2, 3, 8, 8)
     y = model(x)
-    fresh = phresnet18(4, init=init, width=4).eval()
+    fresh = phresnet18(4, **options).eval()
     fresh.load_state_dict(model.state_dict())
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), fresh):
         assert torch.equal(other(x), y)
@@ -248,9 +282,10 @@ def test_dtype():
     assert model(torch.randn(2, 3, 8, 8, dtype=torch.float64)).dtype == torch.float64
 
 
+@pytest.mark.parametrize("algebra_rank", [None, 7])
 @pytest.mark.parametrize("init", INITS)
-def test_traces_as_one_graph(init):
-    model = phresnet18(4, init=init, width=4).eval()
+def test_traces_as_one_graph(init, algebra_rank):
+    model = phresnet18(4, init=init, width=4, algebra_rank=algebra_rank).eval()
     x = torch.randn(2, 3, 8, 8)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), model(x))
@@ -270,6 +305,19 @@ def test_traces_as_one_graph(init):
             lambda: phresnet18(1, weight_init=torch.ones(1, 1, 1)),
             ValueError,
             r"weight_init is a structure tensor; with n=1",
+        ),
+        (
+            lambda: phresnet18(4, algebra_rank=17),
+            ValueError,
+            r'algebra_rank=17 must be None, "generic" or an integer from 1 to n\*n = 16',
+        ),
+        (lambda: phresnet18(4, algebra_rank="7"), ValueError, r"algebra_rank='7' must be None"),
+        (lambda: phresnet18(4, algebra_rank=7.0), TypeError, r"algebra_rank=7.0 must be None, .*, not float"),
+        (lambda: phresnet18(1, algebra_rank="generic"), ValueError, r"algebra_rank='generic' .* with n=1 there is no"),
+        (
+            lambda: phresnet18(4, weight_init=algebra.quaternions(), algebra_rank=7),
+            algebra.DecompositionError,
+            r"no algorithm of rank 7",
         ),
         (lambda: phresnet18(0), ValueError, r"n=0 must be an integer >= 1"),
         (lambda: phresnet18(2.0), TypeError, r"n=2.0 must be an integer >= 1, not float"),

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from phydi_kernels import algebra
-from phydi_kernels.nn import PHConv1d, PHConv2d, PHConv3d, PHMLinear, PHYDILinear, PHYDIResidual
+from phydi_kernels.nn import PHConv1d, PHConv2d, PHConv3d, PHMLinear, PHYDILinear, PHYDIResidual, _init
 
 DENSE = {1: nn.functional.conv1d, 2: nn.functional.conv2d, 3: nn.functional.conv3d}
 CONVS = {1: PHConv1d, 2: PHConv2d, 3: PHConv3d}
@@ -32,14 +32,24 @@ def layers(**options):
 
 LAYER_IDS = ["linear", "phydi", "conv1d", "conv2d", "conv3d", "residual"]
 each_layer = pytest.mark.parametrize("index", range(6), ids=LAYER_IDS)
+each_rank = pytest.mark.parametrize("algebra_rank", [None, 5], ids=["A", "UVW"])
+
+
+def algebra_of(layer: nn.Module) -> torch.Tensor:
+    """A, or the sum over r of the outer products of U[r], V[r] and W[r]."""
+    if layer.algebra_rank is None:
+        return layer.A
+    terms = zip(layer.U, layer.V, layer.W, strict=True)
+    return sum(u[:, None, None] * v[:, None] * w for u, v, w in terms)
 
 
 def kronecker_sum(layer: nn.Module) -> torch.Tensor:
     """sum_i w_i kron(A_i, F_i) at each kernel position, by torch.kron."""
-    w = torch.ones(layer.n, dtype=layer.A.dtype) if layer.kron_weights is None else layer.kron_weights
+    A = algebra_of(layer)
+    w = torch.ones(layer.n, dtype=A.dtype) if layer.kron_weights is None else layer.kron_weights
     n, p, q, *kernel = layer.F.shape
     F = layer.F.reshape(n, p, q, -1)
-    positions = [sum(w[i] * torch.kron(layer.A[i], F[i, :, :, t]) for i in range(n)) for t in range(F.shape[-1])]
+    positions = [sum(w[i] * torch.kron(A[i], F[i, :, :, t]) for i in range(n)) for t in range(F.shape[-1])]
     return torch.stack(positions, -1).reshape(n * p, n * q, *kernel)
 
 
@@ -50,10 +60,12 @@ def randomize(module: nn.Module, seed: int = 0) -> None:
             p.copy_(torch.randn(p.shape, generator=generator))
 
 
+@each_rank
 @pytest.mark.parametrize("kron_weights", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
-def test_linear_is_the_dense_layer_of_its_kronecker_sum(kron_weights, bias, device):
-    layer = PHMLinear(8, 12, 4, bias, kron_weights=kron_weights, dtype=torch.float64)
+def test_linear_is_the_dense_layer_of_its_kronecker_sum(kron_weights, bias, algebra_rank, device):
+    options = {"algebra_rank": algebra_rank, "kron_weights": kron_weights, "dtype": torch.float64}
+    layer = PHMLinear(8, 12, 4, bias, **options)
     randomize(layer)
     x = torch.randn(3, 5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     expected = nn.functional.linear(x, kronecker_sum(layer), layer.bias)
@@ -61,16 +73,18 @@ def test_linear_is_the_dense_layer_of_its_kronecker_sum(kron_weights, bias, devi
     torch.testing.assert_close(layer(x.to(device)).cpu(), expected)
 
 
+@each_rank
 @pytest.mark.parametrize("kron_weights", [False, True])
 @pytest.mark.parametrize("dims", [1, 2, 3])
-def test_convolution_is_the_dense_one_of_its_kronecker_sum(dims, kron_weights, device):
-    options = {"stride": 2, "padding": (1, 2, 0)[:dims], "dilation": 2}
+def test_convolution_is_the_dense_one_of_its_kronecker_sum(dims, kron_weights, algebra_rank, device):
+    geometry = {"stride": 2, "padding": (1, 2, 0)[:dims], "dilation": 2}
+    options = {"algebra_rank": algebra_rank, "kron_weights": kron_weights, "dtype": torch.float64}
     kernel = (3, 2, 1)[:dims]
-    layer = CONVS[dims](8, 12, kernel, 4, **options, kron_weights=kron_weights, dtype=torch.float64)
+    layer = CONVS[dims](8, 12, kernel, 4, **geometry, **options)
     randomize(layer)
     assert layer.F.shape == (4, 3, 2, *kernel)
     x = torch.randn(2, 8, *(9, 8, 7)[:dims], dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    expected = DENSE[dims](x, kronecker_sum(layer), layer.bias, **options)
+    expected = DENSE[dims](x, kronecker_sum(layer), layer.bias, **geometry)
     layer.to(device)
     torch.testing.assert_close(layer(x.to(device)).cpu(), expected)
 
@@ -80,22 +94,26 @@ def test_convolution_same_padding_keeps_the_size():
     assert layer(torch.randn(1, 4, 6, 7)).shape == (1, 4, 6, 7)
 
 
+@each_rank
 @pytest.mark.parametrize("index", [0, 2, 3, 4], ids=["linear", "conv1d", "conv2d", "conv3d"])
 @pytest.mark.parametrize("kron_weights", [False, True])
-def test_structure_and_dense_weight(index, kron_weights):
-    layer, _ = layers(kron_weights=kron_weights, dtype=torch.float64)[index]
+def test_structure_and_dense_weight(index, kron_weights, algebra_rank):
+    layer, _ = layers(algebra_rank=algebra_rank, kron_weights=kron_weights, dtype=torch.float64)[index]
     randomize(layer)
     assert layer.structure().shape == (4, 4, 4)
     if kron_weights:
         for i in range(4):
-            torch.testing.assert_close(layer.structure()[i], layer.kron_weights[i] * layer.A[i])
-    else:
+            torch.testing.assert_close(layer.structure()[i], layer.kron_weights[i] * algebra_of(layer)[i])
+    elif algebra_rank is None:
         assert layer.structure() is layer.A
+    else:
+        torch.testing.assert_close(layer.structure(), algebra_of(layer))
     torch.testing.assert_close(layer.dense_weight(), kronecker_sum(layer))
 
 
-def test_phydi_linear_is_the_identity_at_the_start_and_learns_to_leave_it():
-    layer = PHYDILinear(8, 4, dtype=torch.float64)
+@each_rank
+def test_phydi_linear_is_the_identity_at_the_start_and_learns_to_leave_it(algebra_rank):
+    layer = PHYDILinear(8, 4, algebra_rank=algebra_rank, dtype=torch.float64)
     x = torch.randn(5, 8, dtype=torch.float64)
     assert layer.alpha.shape == (1,)
     assert torch.equal(layer(x), x)
@@ -105,8 +123,9 @@ def test_phydi_linear_is_the_identity_at_the_start_and_learns_to_leave_it():
     assert not layer.F.grad.any()
 
 
-def test_phydi_linear_with_alpha():
-    layer = PHYDILinear(8, 4, kron_weights=True, dtype=torch.float64)
+@each_rank
+def test_phydi_linear_with_alpha(algebra_rank):
+    layer = PHYDILinear(8, 4, algebra_rank=algebra_rank, kron_weights=True, dtype=torch.float64)
     randomize(layer)
     x = torch.randn(5, 8, dtype=torch.float64)
     expected = x + layer.alpha * nn.functional.linear(x, kronecker_sum(layer), layer.bias)
@@ -165,11 +184,13 @@ def sample_variance(make, count: int) -> float:
     return sum(make().dense_weight().square().mean().item() for _ in range(count)) / count
 
 
+@pytest.mark.parametrize("algebra_rank", [None, 8], ids=["A", "UVW"])
 @pytest.mark.parametrize("init", ["fan", algebra.quaternions(), 3 * algebra.random(4, 4, 4)], ids=["fan", "H", "other"])
-def test_fan_keeps_the_variance_of_a_dense_layer(init):
-    linear = sample_variance(lambda: PHMLinear(96, 32, 4, init=init), 40)
+def test_fan_keeps_the_variance_of_a_dense_layer(init, algebra_rank):
+    options = {"algebra_rank": algebra_rank, "init": init}
+    linear = sample_variance(lambda: PHMLinear(96, 32, 4, **options), 40)
     assert linear == pytest.approx(2 / (96 + 32), rel=0.03)
-    conv = sample_variance(lambda: PHConv2d(32, 64, 3, 4, init=init), 40)
+    conv = sample_variance(lambda: PHConv2d(32, 64, 3, 4, **options), 40)
     assert conv == pytest.approx(2 / (32 * 9), rel=0.03)
 
 
@@ -180,11 +201,26 @@ def test_fan_draws_the_algebra_with_variance_one_over_n():
     assert A.square().mean().item() == pytest.approx(1 / 32, rel=0.03)
 
 
-def test_reference_has_the_published_variance():
-    linear = sample_variance(lambda: PHMLinear(96, 32, 4, init="reference"), 200)
-    assert linear == pytest.approx(2 / (96 * (8 + 4)), rel=0.05)
-    conv = sample_variance(lambda: PHConv2d(32, 64, 3, 4, init="reference"), 200)
-    assert conv == pytest.approx(2 / (32 * 9 * (16 + 4)), rel=0.05)
+@pytest.mark.parametrize(("init", "variance"), [("fan", 1 / 8), ("reference", 1 / 64)])
+def test_terms_are_drawn_for_the_variance_of_a_learned_algebra(init, variance):
+    torch.manual_seed(0)
+    layers = [PHMLinear(8, 8, 8, algebra_rank=24, init=init) for _ in range(100)]
+    for name in ("U", "V", "W"):
+        factors = torch.stack([getattr(layer, name).detach() for layer in layers])
+        assert factors.mean().item() == pytest.approx(0, abs=0.01)
+        assert factors.square().mean().item() == pytest.approx((variance / 24) ** (1 / 3), rel=0.03)
+    A = torch.stack([layer.structure().detach() for layer in layers])
+    assert A.square().mean().item() == pytest.approx(variance, rel=0.05)
+
+
+# The size of A varies more from layer to layer where its entries are sums of products of three.
+@pytest.mark.parametrize(("algebra_rank", "count", "tolerance"), [(None, 200, 0.05), (7, 1000, 0.1)], ids=["A", "UVW"])
+def test_reference_has_the_published_variance(algebra_rank, count, tolerance):
+    options = {"algebra_rank": algebra_rank, "init": "reference"}
+    linear = sample_variance(lambda: PHMLinear(96, 32, 4, **options), count)
+    assert linear == pytest.approx(2 / (96 * (8 + 4)), rel=tolerance)
+    conv = sample_variance(lambda: PHConv2d(32, 64, 3, 4, **options), count)
+    assert conv == pytest.approx(2 / (32 * 9 * (16 + 4)), rel=tolerance)
 
 
 def test_reference_is_xavier_uniform_on_the_stacks():
@@ -196,10 +232,14 @@ def test_reference_is_xavier_uniform_on_the_stacks():
     assert torch.equal(layer.F, expected[1])
 
 
+@each_rank
 @pytest.mark.parametrize("init", ["fan", "reference"])
-def test_bias_is_uniform_in_one_over_root_fan_in(init):
+def test_bias_is_uniform_in_one_over_root_fan_in(init, algebra_rank):
     torch.manual_seed(0)
-    for layer, fan_in in ((PHMLinear(16, 4000, 4, init=init), 16), (PHConv1d(4, 4000, 4, 4, init=init), 16)):
+    for layer, fan_in in (
+        (PHMLinear(16, 4000, 4, algebra_rank=algebra_rank, init=init), 16),
+        (PHConv1d(4, 4000, 4, 4, algebra_rank=algebra_rank, init=init), 16),
+    ):
         bound = 1 / math.sqrt(fan_in)
         assert layer.bias.abs().max().item() <= bound
         assert layer.bias.var().item() == pytest.approx(bound**2 / 3, rel=0.1)
@@ -221,13 +261,43 @@ def test_given_algebra_is_copied_frozen_and_restored():
     assert PHMLinear(8, 12, 4, init=algebra.quaternions()).A.requires_grad
 
 
-def test_reset_parameters_draws_all_anew():
-    layer = PHYDILinear(8, 4, kron_weights=True)
+def test_given_algebra_is_decomposed_frozen_and_restored():
+    A = algebra.quaternions()
+    layer = PHMLinear(8, 12, 4, algebra_rank=8, init=A, learn_algebra=False, dtype=torch.float64)
+    A.zero_()
+    torch.testing.assert_close(layer.structure(), algebra.quaternions())
+    sizes = [getattr(layer, name).norm(dim=1) for name in ("U", "V", "W")]
+    assert (sizes[0] > 0).all()
+    torch.testing.assert_close(sizes[1:], sizes[:1] * 2)
+    layer(torch.randn(3, 8, dtype=torch.float64)).sum().backward()
+    assert all(getattr(layer, name).grad is None for name in ("U", "V", "W"))
+    assert layer.F.grad.any()
+    assert list(layer.state_dict()) == ["U", "V", "W", "F", "bias"]
+    randomize(layer)
+    layer.reset_parameters()
+    torch.testing.assert_close(layer.structure(), algebra.quaternions())
+
+
+def test_spare_terms_add_nothing_and_learn():
+    """The complex numbers need three terms."""
+    layer = PHMLinear(8, 12, 2, algebra_rank=4, init=algebra.complex_numbers(), dtype=torch.float64)
+    torch.testing.assert_close(layer.structure(), algebra.complex_numbers())
+    layer(torch.randn(3, 8, dtype=torch.float64)).square().sum().backward()
+    assert all(layer.U.grad.any(1))
+    with torch.no_grad():
+        layer.U -= layer.U.grad
+    layer(torch.randn(3, 8, dtype=torch.float64)).square().sum().backward()
+    assert all(layer.V.grad.any(1)) and all(layer.W.grad.any(1))
+
+
+@each_rank
+def test_reset_parameters_draws_all_anew(algebra_rank):
+    layer = PHYDILinear(8, 4, algebra_rank=algebra_rank, kron_weights=True)
     with torch.no_grad():
         for p in layer.parameters():
             p.fill_(math.nan)
     layer.reset_parameters()
-    assert all(p.isfinite().all() for p in layer.parameters())
+    assert all(p.isfinite().all() and (p.any() or p is layer.alpha) for p in layer.parameters())
     assert layer.alpha.tolist() == [0.0]
     assert layer.kron_weights.tolist() == [1.0] * 4
 
@@ -237,6 +307,13 @@ def test_state_dict_names_and_shapes():
     assert {k: tuple(v.shape) for k, v in linear.state_dict().items()} == {
         "A": (4, 4, 4),
         "F": (4, 3, 2),
+        "bias": (12,),
+        "kron_weights": (4,),
+    }
+    factored = PHConv2d(8, 12, 3, 4, algebra_rank=5, kron_weights=True)
+    assert {k: tuple(v.shape) for k, v in factored.state_dict().items()} == {
+        **{name: (5, 4) for name in ("U", "V", "W")},
+        "F": (4, 3, 2, 3, 3),
         "bias": (12,),
         "kron_weights": (4,),
     }
@@ -250,19 +327,24 @@ def test_extra_repr():
     assert repr(PHYDILinear(8, 4, False, kron_weights=True, learn_algebra=False)) == (
         "PHYDILinear(features=8, n=4, bias=False, kron_weights=True, learn_algebra=False)"
     )
+    assert repr(PHMLinear(8, 8, 4, algebra_rank="generic", kron_weights=True, learn_algebra=False)) == (
+        "PHMLinear(in_features=8, out_features=8, n=4, bias=True, algebra_rank=7, kron_weights=True, "
+        "learn_algebra=False)"
+    )
     assert repr(PHConv1d(8, 12, 3, 4, padding="same")) == (
         "PHConv1d(8, 12, kernel_size=(3,), n=4, stride=(1,), padding='same', dilation=(1,), bias=True)"
     )
 
 
+@each_rank
 @each_layer
-def test_deepcopy_pickle_and_state_dict_round_trips_after_forward_and_backward(index):
-    layer, shape = layers(kron_weights=True)[index]
+def test_deepcopy_pickle_and_state_dict_round_trips_after_forward_and_backward(index, algebra_rank):
+    layer, shape = layers(algebra_rank=algebra_rank, kron_weights=True)[index]
     randomize(layer)
     x = torch.randn(shape)
     y = layer(x)
     y.sum().backward()
-    fresh, _ = layers(kron_weights=True)[index]
+    fresh, _ = layers(algebra_rank=algebra_rank, kron_weights=True)[index]
     fresh.load_state_dict(layer.state_dict())
     buffer = io.BytesIO()
     torch.save(layer, buffer)
@@ -278,11 +360,13 @@ def test_deepcopy_pickle_and_state_dict_round_trips_after_forward_and_backward(i
         assert other.state_dict().keys() == layer.state_dict().keys()
 
 
+@each_rank
 @each_layer
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_dtype_argument_and_conversion(index, dtype):
-    made, shape = layers(kron_weights=True, dtype=dtype)[index]
-    moved = layers(kron_weights=True)[index][0].to(dtype)
+def test_dtype_argument_and_conversion(index, algebra_rank, dtype):
+    options = {"algebra_rank": algebra_rank, "kron_weights": True}
+    made, shape = layers(**options, dtype=dtype)[index]
+    moved = layers(**options)[index][0].to(dtype)
     for layer in (made, moved):
         assert {p.dtype for p in layer.parameters()} == {dtype}
         y = layer(torch.randn(shape).to(dtype))
@@ -290,23 +374,27 @@ def test_dtype_argument_and_conversion(index, dtype):
         assert y.isfinite().all()
 
 
+@each_rank
 @pytest.mark.parametrize("make", [PHConv1d, PHConv2d, PHConv3d])
-def test_channels_last_conversion_of_a_model_leaves_F_contiguous(make):
-    model = nn.Sequential(nn.Conv2d(3, 4, 1), make(8, 12, 3, 4))
-    F = model[1].F.detach().clone()
+def test_channels_last_conversion_of_a_model_leaves_parameters_contiguous(make, algebra_rank):
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), make(8, 12, 3, 4, algebra_rank=algebra_rank))
+    before = copy.deepcopy(model[1].state_dict())
     model.to(torch.float64, memory_format=torch.channels_last)
     assert model[0].weight.is_contiguous(memory_format=torch.channels_last)
-    assert model[1].F.is_contiguous() and torch.equal(model[1].F, F.double())
+    for name, p in model[1].named_parameters():
+        assert p.is_contiguous() and torch.equal(p, before[name].double()), name
 
 
-def test_half_is_initialised_like_float():
-    H = sample_variance(lambda: PHMLinear(96, 32, 4, dtype=torch.float16), 40)
+@each_rank
+def test_half_is_initialised_like_float(algebra_rank):
+    H = sample_variance(lambda: PHMLinear(96, 32, 4, algebra_rank=algebra_rank, dtype=torch.float16), 40)
     assert H == pytest.approx(2 / (96 + 32), rel=0.03)
 
 
+@each_rank
 @each_layer
-def test_device_argument(index):
-    layer, shape = layers(kron_weights=True, device="meta")[index]
+def test_device_argument(index, algebra_rank):
+    layer, shape = layers(algebra_rank=algebra_rank, kron_weights=True, device="meta")[index]
     assert all(p.is_meta for p in layer.parameters())
     assert layer(torch.empty(shape, device="meta")).is_meta
     concrete = layer.to_empty(device="cpu")
@@ -316,10 +404,11 @@ def test_device_argument(index):
     assert concrete.state_dict().keys() == layer.state_dict().keys()
 
 
+@each_rank
 @each_layer
-def test_replication(index):
+def test_replication(index, algebra_rank):
     """As torch.nn.parallel.replicate: parameters become plain tensors set on a copy without any of its own."""
-    layer, shape = layers(kron_weights=True)[index]
+    layer, shape = layers(algebra_rank=algebra_rank, kron_weights=True)[index]
     randomize(layer)
     modules = list(layer.modules())
     replicas = [m._replicate_for_data_parallel() for m in modules]
@@ -341,9 +430,10 @@ def test_replication(index):
     assert all(p.grad is None for p in layer.parameters())
 
 
+@each_rank
 @each_layer
-def test_gradients_reach_every_parameter(index):
-    layer, shape = layers(kron_weights=True, dtype=torch.float64)[index]
+def test_gradients_reach_every_parameter(index, algebra_rank):
+    layer, shape = layers(algebra_rank=algebra_rank, kron_weights=True, dtype=torch.float64)[index]
     randomize(layer)
     names = [name for name, _ in layer.named_parameters()]
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
@@ -354,6 +444,95 @@ def test_gradients_reach_every_parameter(index):
     assert torch.autograd.gradcheck(call, (x, *layer.parameters()), fast_mode=True)
 
 
+@pytest.mark.parametrize("kron_weights", [False, True])
+@pytest.mark.parametrize("index", range(5), ids=LAYER_IDS[:5])
+def test_gradients_of_the_terms_follow_from_those_of_A(index, kron_weights):
+    """dU[r, i] = sum_kl dA[i, k, l] V[r, k] W[r, l], and so on; all other gradients are those of the layer with A."""
+    options = {"kron_weights": kron_weights, "dtype": torch.float64}
+    factored, shape = layers(algebra_rank=5, **options)[index]
+    dense, _ = layers(**options)[index]
+    randomize(factored)
+    with torch.no_grad():
+        dense.A.copy_(algebra_of(factored))
+        for name, p in dense.named_parameters():
+            if name != "A":
+                p.copy_(factored.get_parameter(name))
+    x = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    inputs = [x.clone().requires_grad_() for _ in range(2)]
+    outputs = [layer(i) for layer, i in zip((factored, dense), inputs, strict=True)]
+    torch.testing.assert_close(*outputs)
+    for y in outputs:
+        y.square().sum().backward()
+    torch.testing.assert_close(inputs[0].grad, inputs[1].grad)
+    U, V, W, dA = factored.U, factored.V, factored.W, dense.A.grad
+    for i, name in enumerate(("U", "V", "W")):
+        others = [t for j, t in enumerate((U, V, W)) if j != i]
+        expected = torch.stack(
+            [(dA.movedim(i, 0) * torch.outer(a, b)).sum((1, 2)) for a, b in zip(*others, strict=True)]
+        )
+        torch.testing.assert_close(factored.get_parameter(name).grad, expected)
+    for name, p in dense.named_parameters():
+        if name != "A":
+            torch.testing.assert_close(p.grad, factored.get_parameter(name).grad)
+
+
+@each_layer
+@each_rank
+def test_compile_and_export(index, algebra_rank):
+    layer, shape = layers(algebra_rank=algebra_rank, kron_weights=True)[index]
+    randomize(layer)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    exported = torch.export.export(
+        layer, (torch.randn(4, *shape[1:]),), dynamic_shapes=({0: torch.export.Dim("batch")},)
+    )
+    x = torch.randn(shape)
+    y = layer(x)
+    grads = torch.autograd.grad(y.sum(), list(layer.parameters()))
+    assert torch.equal(compiled(x), y)
+    assert torch.equal(exported.module()(x), y)
+    for actual, expected in zip(torch.autograd.grad(compiled(x).sum(), list(layer.parameters())), grads, strict=True):
+        assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize(("n", "rank"), [(1, 1), (2, 3), (3, 5), (4, 7), (8, 24)])
+def test_generic_rank(n, rank):
+    layer = PHMLinear(2 * n, n, n, algebra_rank="generic")
+    assert layer.algebra_rank == rank
+    assert layer.U.shape == layer.V.shape == layer.W.shape == (rank, n)
+    assert layer(torch.randn(3, 2 * n)).shape == (3, n)
+
+
+def test_layers_of_one_algebra_decompose_it_once(monkeypatch):
+    calls = []
+    _init._balanced_terms.cache_clear()
+    monkeypatch.setattr(_init, "decompose", lambda A, rank: calls.append(rank) or algebra.decompose(A, rank))
+    A = algebra.random(3, 3, 3, generator=torch.Generator().manual_seed(5))
+    made = [PHMLinear(6, 6, 3, algebra_rank=rank, init=A) for rank in (5, 5, 6)]
+    made[0].reset_parameters()
+    assert calls == [5, 6]
+    for layer in made:
+        torch.testing.assert_close(layer.structure(), A.float())
+
+
+def test_algebra_is_decomposed_where_the_default_device_is_another():
+    A = algebra.random(3, 3, 3, generator=torch.Generator().manual_seed(6))
+    _init._balanced_terms.cache_clear()
+    with torch.device("meta"):
+        layer = PHMLinear(6, 9, 3, algebra_rank=5, init=A)
+    assert all(p.is_meta for p in layer.parameters())
+    layer.to_empty(device="cpu").reset_parameters()
+    torch.testing.assert_close(layer.structure(), A.float())
+
+
+def test_algebra_of_too_few_terms():
+    with pytest.raises(algebra.DecompositionError, match=r"no algorithm of rank 4") as caught:
+        PHMLinear(8, 12, 4, algebra_rank=4, init=algebra.quaternions())
+    assert caught.value.rank == 4
+    assert caught.value.residual > 0.1
+
+
+RANKS = r'must be None, "generic" or an integer from 1 to n\*n = 16'
 LINEAR_ERRORS = [
     (lambda: PHMLinear(10, 8, 4), ValueError, r"in_features=10 is not divisible by n=4"),
     (lambda: PHMLinear(8, 10, 4), ValueError, r"out_features=10 is not divisible by n=4"),
@@ -372,6 +551,12 @@ LINEAR_ERRORS = [
     (lambda: PHMLinear(8, 8, 4, dtype=torch.complex64), TypeError, r"dtype=torch.complex64 is not one of"),
     (lambda: PHMLinear(8, 8, 4, dtype="float32"), TypeError, "dtype='float32' is not one of torch.float32"),
     (lambda: PHMLinear(8, 8, 4, algebra.quaternions()), TypeError, "bias=tensor"),
+    (lambda: PHMLinear(8, 8, 4, algebra_rank=0), ValueError, rf"algebra_rank=0 {RANKS}"),
+    (lambda: PHMLinear(8, 8, 4, algebra_rank=-7), ValueError, rf"algebra_rank=-7 {RANKS}"),
+    (lambda: PHYDILinear(8, 4, algebra_rank=17), ValueError, rf"algebra_rank=17 {RANKS}"),
+    (lambda: PHMLinear(8, 8, 4, algebra_rank=7.0), TypeError, rf"algebra_rank=7.0 {RANKS}, not float"),
+    (lambda: PHMLinear(8, 8, 4, algebra_rank=True), TypeError, rf"algebra_rank=True {RANKS}, not bool"),
+    (lambda: PHMLinear(8, 8, 4, algebra_rank="7"), ValueError, rf"algebra_rank='7' {RANKS}"),
     (lambda: PHMLinear(8, 8, 4, kron_weights="yes"), TypeError, "kron_weights='yes' must be True or False"),
     (lambda: PHMLinear(8, 8, 4, learn_algebra=None), TypeError, "learn_algebra=None must be True or False"),
     (lambda: PHMLinear(8, 8, 4, init=algebra.quaternions(device="meta")), ValueError, "init is on the meta device"),
@@ -388,6 +573,7 @@ LINEAR_ERRORS = [
     (lambda: PHMLinear(8, 8, 4, init=torch.zeros(4, 4, 4)), ValueError, r"init must be .* not zero everywhere"),
 ]
 CONV_ERRORS = [
+    (lambda: PHConv2d(8, 8, 3, 4, algebra_rank=17), ValueError, rf"algebra_rank=17 {RANKS}"),
     (lambda: PHConv2d(10, 8, 3, 4), ValueError, r"in_channels=10 is not divisible by n=4"),
     (lambda: PHConv2d(8, 10, 3, 4), ValueError, r"out_channels=10 is not divisible by n=4"),
     (lambda: PHConv2d(8, 8, 0, 4), ValueError, r"kernel_size=0 must be an integer >= 1"),

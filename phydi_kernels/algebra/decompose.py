@@ -219,11 +219,11 @@ def _check_tensor(name: str, A: Any) -> Tensor:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """A sum split over threads rounds differently, and the search would take another path."""
+    """On the CPU; a sum split over threads rounds differently, and the search would take another path."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.device("cpu"):
             yield
     finally:
         torch.set_num_threads(threads)

@@ -12,7 +12,7 @@ from torch.nn import Module, Parameter
 
 from .._check import check_integer
 from ..nn import PHConv2d
-from ..nn._init import check_init
+from ..nn._init import check_init, check_rank
 
 Conv = PHConv2d | nn.Conv2d
 
@@ -57,6 +57,7 @@ class PHResNet(Module):
         in_channels: channels of the images; None means 3. Zero channels are put in front, up to a multiple of n.
         init: ``"standard"``, ``"wkp"`` (with n > 1), ``"phydi"`` or ``"fixup"``.
         width: channels of the first stage, about doubled from stage to stage; see :func:`stage_widths`.
+        algebra_rank: as in :class:`PHConv2d`, for each convolution: None, the number of terms R, or ``"generic"``.
         weight_init: the ``init`` of :class:`PHConv2d`: ``"fan"``, ``"reference"`` or a structure tensor. With n = 1,
             ``"fan"`` is He's normal initialisation and ``"reference"`` that of :class:`torch.nn.Conv2d`.
         device: of the parameters.
@@ -65,8 +66,10 @@ class PHResNet(Module):
     Shapes: ``(batch, in_channels, height, width)`` to ``(batch, num_classes)``, the logits.
 
     Raises:
-        TypeError: a size that is not an integer, or a ``weight_init`` of another type.
-        ValueError: a size below 1, an unknown ``init`` or ``weight_init``, or an input of another shape.
+        TypeError: a size or ``algebra_rank`` that is not an integer, or a ``weight_init`` of another type.
+        ValueError: a size below 1, an unknown ``init`` or ``weight_init``, an ``algebra_rank`` out of range or with
+            n = 1, or an input of another shape.
+        DecompositionError: no algorithm of ``algebra_rank`` terms was found for the tensor in ``weight_init``.
     """
 
     def __init__(
@@ -79,6 +82,7 @@ class PHResNet(Module):
         init: str = "standard",
         width: int = 64,
         *,
+        algebra_rank: int | str | None = None,
         weight_init: str | Tensor = "fan",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -93,6 +97,11 @@ class PHResNet(Module):
         num_classes = check_integer("num_classes", num_classes)
         in_channels = 3 if in_channels is None else check_integer("in_channels", in_channels)
         widths = stage_widths(n, check_integer("width", width))
+        rank = check_rank("algebra_rank", algebra_rank, n)
+        if n == 1 and rank is not None:
+            raise ValueError(
+                f"algebra_rank={algebra_rank!r} is the rank of A; with n=1 there is none, and it must be None"
+            )
         weight_init = check_init("weight_init", weight_init, n)
         if n == 1 and isinstance(weight_init, Tensor):
             raise ValueError('weight_init is a structure tensor; with n=1 it must be "fan" or "reference"')
@@ -104,7 +113,7 @@ class PHResNet(Module):
         self.zero_channels = -in_channels % n
 
         options: dict[str, Any] = {"device": device, "dtype": dtype}
-        conv = _conv_factory(n, init, weight_init, options)
+        conv = _conv_factory(n, init, rank, weight_init, options)
         chain = _fixup_chain if init == "fixup" else _batch_norm_chain
         channels = widths[0]
         layers = []
@@ -133,7 +142,7 @@ class PHResNet(Module):
             raise ValueError(f"x has shape {tuple(x.shape)}; it must be (batch, {self.in_channels}, height, width)")
         if self.zero_channels:
             x = nn.functional.pad(x, (0, 0, 0, 0, self.zero_channels, 0))
-        x = torch.relu(self.stem(x))
+        x = torch.relu_(self.stem(x))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return self.linear(self.shift(x.mean((2, 3))))
 
@@ -170,7 +179,7 @@ class ResidualBlock(Module):
     def forward(self, x: Tensor) -> Tensor:
         shortcut, branch = self.shortcut(x), self.branch(x)
         if self.alpha is None:
-            return torch.relu(shortcut + branch)
+            return torch.relu_(shortcut + branch)
         return shortcut + self.alpha * torch.relu(branch)
 
 
@@ -204,7 +213,9 @@ class _Scale(Module):
         return x * self.weight
 
 
-def _conv_factory(n: int, init: str, weight_init: str | Tensor, options: dict[str, Any]) -> Callable[..., Conv]:
+def _conv_factory(
+    n: int, init: str, rank: int | None, weight_init: str | Tensor, options: dict[str, Any]
+) -> Callable[..., Conv]:
     """Makes ``conv(in_channels, out_channels, kernel_size, stride=1)`` of an odd kernel that keeps the size."""
 
     def hypercomplex(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> PHConv2d:
@@ -216,6 +227,7 @@ def _conv_factory(n: int, init: str, weight_init: str | Tensor, options: dict[st
             stride,
             padding=kernel_size // 2,
             bias=False,
+            algebra_rank=rank,
             kron_weights=init == "wkp",
             init=weight_init,
             **options,

@@ -11,16 +11,21 @@ from torch.nn import Module, Parameter
 
 from .. import reference
 from .._check import DTYPES
-from ._init import check_init, initialize
+from ._init import check_init, check_rank, initialize
 
 
 class HypercomplexLayer(Module):
     """A, F, bias and kron_weights of H = sum_i w_i A_i (x) F_i; subclasses check their sizes and add the call.
 
+    With ``algebra_rank`` = R there is no A but U, V and W, and A[i, k, l] = sum_r U[r, i] V[r, k] W[r, l].
+
     Subclasses call :meth:`reset_parameters` at the end of their constructor.
     """
 
     A: Parameter
+    U: Parameter
+    V: Parameter
+    W: Parameter
     F: Parameter
     bias: Parameter | None
     kron_weights: Parameter | None
@@ -33,6 +38,7 @@ class HypercomplexLayer(Module):
         kernel: tuple[int, ...],
         bias: bool,
         *,
+        algebra_rank: int | str | None,
         kron_weights: bool,
         init: str | Tensor,
         learn_algebra: bool,
@@ -46,16 +52,22 @@ class HypercomplexLayer(Module):
             if not isinstance(flag, bool):
                 raise TypeError(f"{name}={flag!r} must be True or False")
         self.n = n
+        self.algebra_rank = check_rank("algebra_rank", algebra_rank, n)
         self.init = check_init("init", init, n)
         options: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.A = Parameter(torch.empty(n, n, n, **options), requires_grad=learn_algebra)
+        if self.algebra_rank is None:
+            self.A = Parameter(torch.empty(n, n, n, **options), requires_grad=learn_algebra)
+        else:
+            for name in ("U", "V", "W"):
+                factor = torch.empty(self.algebra_rank, n, **options)
+                self.register_parameter(name, Parameter(factor, requires_grad=learn_algebra))
         self.F = Parameter(torch.empty(n, out_features // n, in_features // n, *kernel, **options))
         self.bias = Parameter(torch.empty(out_features, **options)) if bias else None
         self.kron_weights = Parameter(torch.empty(n, **options)) if kron_weights else None
 
     def reset_parameters(self) -> None:
         """Draws all parameters anew, as the constructor does."""
-        initialize(self.A, self.F, self.bias, self.init)
+        initialize(self._algebra(), self.F, self.bias, self.init)
         if self.kron_weights is not None:
             torch.nn.init.ones_(self.kron_weights)
 
@@ -66,8 +78,8 @@ class HypercomplexLayer(Module):
 
     def structure(self) -> Tensor:
         """The structure tensor as used, (n, n, n): A, its term i multiplied by kron_weights[i] if there are any."""
-        weights = self.kron_weights
-        return self.A if weights is None else self.A * weights.view(-1, 1, 1)
+        factors = self._weighted_algebra()
+        return factors[0] if self.algebra_rank is None else reference.structure(*factors)
 
     def dense_weight(self) -> Tensor:
         """H (out_features, in_features, *kernel), the weight of the dense layer that computes the same.
@@ -76,8 +88,28 @@ class HypercomplexLayer(Module):
         """
         return reference.dense_weight(self.structure(), self.F)
 
+    def _algebra(self) -> list[Tensor]:
+        """A alone, or U, V and W."""
+        return [self.A] if self.algebra_rank is None else [self.U, self.V, self.W]
+
+    def _weighted_algebra(self) -> list[Tensor]:
+        """The same with kron_weights: in the terms of A, or in the columns of U."""
+        first, *others = self._algebra()
+        if self.kron_weights is not None:
+            first = first * (self.kron_weights.view(-1, 1, 1) if self.algebra_rank is None else self.kron_weights)
+        return [first, *others]
+
+    def _product(
+        self, dense: Callable[..., Tensor], factored: Callable[..., Tensor], x: Tensor, *geometry: Any, **fused: Any
+    ) -> Tensor:
+        """``dense`` of x and A, or ``factored`` of x, U, V and W."""
+        function = dense if self.algebra_rank is None else factored
+        return function(x, *self._weighted_algebra(), self.F, self.bias, *geometry, **fused)
+
     def _repr_options(self) -> str:
         options = f", bias={self.bias is not None}"
+        if self.algebra_rank is not None:
+            options += f", algebra_rank={self.algebra_rank}"
         if self.kron_weights is not None:
             options += ", kron_weights=True"
-        return options if self.A.requires_grad else options + ", learn_algebra=False"
+        return options if self._algebra()[0].requires_grad else options + ", learn_algebra=False"

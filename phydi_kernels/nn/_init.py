@@ -1,4 +1,4 @@
-"""Initialisation of A, F and bias.
+"""Initialisation of A, or of U, V and W, of F and of bias.
 
 The entries of H = sum_i A_i (x) F_i are sums of n products. For independent A and F of mean 0,
 Var(H) = n Var(A) Var(F); for a given A, the mean square of H over its entries is Var(F) * mean_kl(sum_i A[i, k, l]^2).
@@ -12,16 +12,31 @@ Var(H) = n Var(A) Var(F); for a given A, the mean square of H over its entries i
   Var(H) = 2 / (fan_in (p + n)): smaller than "fan" by (p + n) / (1 + out_features/in_features) for a linear layer and
   by p + n for a convolution.
 
+With an algebra of R terms, A[i, k, l] = sum_r U[r, i] V[r, k] W[r, l], each rule keeps its variances of A, F and H:
+
+* ``"fan"`` and ``"reference"``: U, V and W normal with standard deviation (Var(A) / R)^(1/6). F compensates any scale
+  of A, but the scales decide how fast each is learned, and this leaves them where a layer that learns A has them.
+* a structure tensor: its bilinear algorithm of R terms, the three factors of each term with equal norms, so that none
+  is learned faster than the others. Where fewer terms suffice, the spare ones have U[r] = 0 and V[r] and W[r] as in
+  ``"fan"``: they add nothing to A and receive gradients all the same.
+
 In all of them the bias is uniform in +-1/sqrt(fan_in).
 """
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Sequence
+from numbers import Integral
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import init as torch_init
+
+from .. import reference
+from ..algebra import decompose, generic_rank
 
 
 def check_init(name: str, init: str | Tensor, n: int) -> str | Tensor:
@@ -44,23 +59,72 @@ def check_init(name: str, init: str | Tensor, n: int) -> str | Tensor:
     return init.detach().clone()
 
 
-def initialize(A: Tensor, F: Tensor, bias: Tensor | None, init: str | Tensor) -> None:
-    """Fills A (n, P, Q), F (n, p, q, *kernel) and bias (P*p,) in place."""
-    n, P, Q = A.shape
-    _, p, q, *kernel = F.shape
-    fan_in = Q * q * math.prod(kernel)
-    if isinstance(init, str) and init == "reference":
-        torch_init.xavier_uniform_(A)
+def check_rank(name: str, rank: Any, n: int) -> int | None:
+    """The number of terms R, or None."""
+    if rank is None:
+        return None
+    allowed = f'None, "generic" or an integer from 1 to n*n = {n * n}'
+    if isinstance(rank, str):
+        if rank != "generic":
+            raise ValueError(f"{name}={rank!r} must be {allowed}")
+        return generic_rank(n, n, n)
+    if isinstance(rank, bool) or not isinstance(rank, Integral):
+        raise TypeError(f"{name}={rank!r} must be {allowed}, not {type(rank).__name__}")
+    R = int(rank)
+    if not 1 <= R <= n * n:
+        raise ValueError(f"{name}={R} must be {allowed}")
+    return R
+
+
+@torch.no_grad()
+def initialize(algebra: Sequence[Tensor], F: Tensor, bias: Tensor | None, init: str | Tensor) -> None:
+    """Fills ``algebra``, which is A (n, n, n) or U, V and W (R, n), F (n, p, q, *kernel) and bias (n*p,) in place."""
+    n, p, q, *kernel = F.shape
+    fan_in = n * q * math.prod(kernel)
+    published = isinstance(init, str) and init == "reference"
+    if len(algebra) > 1:
+        _initialize_factors(algebra, 1 / n**2 if published else 1 / n, init)
+    elif isinstance(init, Tensor):
+        algebra[0].copy_(init)
+    elif published:
+        torch_init.xavier_uniform_(algebra[0])
+    else:
+        algebra[0].normal_(std=1 / math.sqrt(n))
+    if published:
         torch_init.xavier_uniform_(F)
     else:
-        with torch.no_grad():
-            if isinstance(init, Tensor):
-                A.copy_(init)
-            else:
-                A.normal_(std=1 / math.sqrt(n))
-            variance = 2 / fan_in if kernel else 2 / (fan_in + P * p)
-            norm = torch.linalg.vector_norm(A, dtype=torch.promote_types(A.dtype, torch.float32))
-            F.normal_(std=math.sqrt(variance)).mul_(math.sqrt(P * Q) / norm)
+        variance = 2 / fan_in if kernel else 2 / (fan_in + n * p)
+        wide = [t.to(torch.promote_types(t.dtype, torch.float32)) for t in algebra]
+        A = reference.structure(*wide) if len(wide) > 1 else wide[0]
+        F.normal_(std=math.sqrt(variance)).mul_(n / torch.linalg.vector_norm(A))
     if bias is not None:
         bound = 1 / math.sqrt(fan_in)
         torch_init.uniform_(bias, -bound, bound)
+
+
+def _initialize_factors(factors: Sequence[Tensor], variance: float, init: str | Tensor) -> None:
+    """Fills U, V and W, with the given variance of A unless it is given."""
+    R, n = factors[0].shape
+    std = (variance / R) ** (1 / 6)
+    if not isinstance(init, Tensor):
+        for t in factors:
+            t.normal_(std=std)
+        return
+    terms = _balanced_terms(tuple(init.double().flatten().tolist()), n, R)
+    for t, values in zip(factors, terms, strict=True):
+        t.copy_(values)
+    spare = (terms[0] == 0).all(1).nonzero().flatten().tolist()
+    for t in factors[1:]:
+        for r in spare:
+            t[r].normal_(std=std)
+
+
+@functools.lru_cache(maxsize=16)
+def _balanced_terms(entries: tuple[float, ...], n: int, R: int) -> tuple[Tensor, ...]:
+    """U, V and W, on the CPU, with |U[r]| = |V[r]| = |W[r]|. Kept: the layers of a model often share their algebra."""
+    with torch.device("cpu"):
+        found = decompose(torch.tensor(entries, dtype=torch.float64).view(n, n, n), R)
+    factors = (found.U, found.V, found.W)
+    sizes = [t.norm(dim=1, keepdim=True) for t in factors]
+    common = math.prod(size.pow(1 / 3) for size in sizes)
+    return tuple(torch.where(size > 0, t * (common / size), 0.0) for t, size in zip(factors, sizes, strict=True))

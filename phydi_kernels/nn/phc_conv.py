@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ class _PHConv(HypercomplexLayer):
         dilation: int | Sequence[int] = 1,
         bias: bool = True,
         *,
+        algebra_rank: int | str | None = None,
         kron_weights: bool = False,
         init: str | Tensor = "fan",
         learn_algebra: bool = True,
@@ -47,6 +48,7 @@ class _PHConv(HypercomplexLayer):
             n,
             kernel,
             bias,
+            algebra_rank=algebra_rank,
             kron_weights=kron_weights,
             init=init,
             learn_algebra=learn_algebra,
@@ -61,6 +63,9 @@ class _PHConv(HypercomplexLayer):
         self.dilation = dilation
         self.reset_parameters()
 
+    def _convolve(self, dense: Callable[..., Tensor], factored: Callable[..., Tensor], x: Tensor) -> Tensor:
+        return self._product(dense, factored, x, self.stride, self.padding, self.dilation)
+
     def extra_repr(self) -> str:
         return (
             f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, n={self.n}, "
@@ -74,7 +79,7 @@ class PHConv1d(_PHConv):
     _dims = 1
 
     def forward(self, x: Tensor) -> Tensor:
-        return functional.phc_conv1d(x, self.structure(), self.F, self.bias, self.stride, self.padding, self.dilation)
+        return self._convolve(functional.phc_conv1d, functional.phc_conv1d_factored, x)
 
 
 class PHConv2d(_PHConv):
@@ -91,29 +96,36 @@ class PHConv2d(_PHConv):
         n: the dimension of the algebra.
         stride, padding, dilation: as in :class:`torch.nn.Conv2d`; padding also ``"valid"`` or ``"same"``.
         bias: adds b.
+        algebra_rank: as in :class:`PHMLinear`: R learns U, V and W in place of A and takes R/n^2 of the dense layer's
+            multiplications.
         kron_weights: learns one factor w_i a term, starting at 1 (weighted Kronecker products, WKP); else w_i = 1.
         init: ``"fan"`` keeps Var(H) = 2 / fan_in, fan_in = in_channels * kernel positions; ``"reference"`` is the
             published xavier_uniform_ on whole stacks, with Var(H) = 2 / (fan_in (out_channels/n + n)); a structure
-            tensor ``(n, n, n)`` starts A from it with the Var(H) of ``"fan"``.
-        learn_algebra: False keeps A as initialised: ``A.requires_grad`` is False, and A stays in the state_dict.
+            tensor ``(n, n, n)`` starts A from it with the Var(H) of ``"fan"``. With ``algebra_rank`` as in
+            :class:`PHMLinear`.
+        learn_algebra: False keeps A, or U, V and W, as initialised: their ``requires_grad`` is False, and they stay in
+            the state_dict.
         device: of the parameters.
         dtype: of the parameters; inputs must have the same.
 
-    Parameters: ``A (n, n, n)``, ``F (n, out_channels/n, in_channels/n, *kernel_size)``, ``bias (out_channels,)``,
-    ``kron_weights (n,)``.
+    Parameters: ``A (n, n, n)``, or ``U``, ``V`` and ``W`` ``(R, n)``,
+    ``F (n, out_channels/n, in_channels/n, *kernel_size)``, ``bias (out_channels,)``, ``kron_weights (n,)``.
 
     Shapes: ``(batch, in_channels, height, width)`` or ``(in_channels, height, width)`` to the same with out_channels.
 
     Raises:
-        TypeError: a size that is not an integer, a dtype that is not real floating point, or ``init`` of another type.
+        TypeError: a size or ``algebra_rank`` that is not an integer, a dtype that is not real floating point, or
+            ``init`` of another type.
         ValueError: a size out of range or not divisible by n, the wrong number of entries for the spatial dimensions,
-            an unknown ``padding`` or ``init``, or a structure tensor that is not ``(n, n, n)``, not finite, or zero.
+            ``algebra_rank`` out of range, an unknown ``padding`` or ``init``, or a structure tensor that is not
+            ``(n, n, n)``, not finite, or zero.
+        DecompositionError: no algorithm of ``algebra_rank`` terms was found for the structure tensor in ``init``.
     """
 
     _dims = 2
 
     def forward(self, x: Tensor) -> Tensor:
-        return functional.phc_conv2d(x, self.structure(), self.F, self.bias, self.stride, self.padding, self.dilation)
+        return self._convolve(functional.phc_conv2d, functional.phc_conv2d_factored, x)
 
 
 class PHConv3d(_PHConv):
@@ -123,4 +135,4 @@ class PHConv3d(_PHConv):
     _dims = 3
 
     def forward(self, x: Tensor) -> Tensor:
-        return functional.phc_conv3d(x, self.structure(), self.F, self.bias, self.stride, self.padding, self.dilation)
+        return self._convolve(functional.phc_conv3d, functional.phc_conv3d_factored, x)

@@ -21,14 +21,14 @@ class PHYDILinear(HypercomplexLayer):
     Args:
         features: size of the last dimension of input and output, divisible by n.
         n: the dimension of the algebra.
-        bias, kron_weights, init, learn_algebra, device, dtype: as in :class:`PHMLinear`.
+        bias, algebra_rank, kron_weights, init, learn_algebra, device, dtype: as in :class:`PHMLinear`.
 
     Parameters: those of :class:`PHMLinear`, and ``alpha (1,)``.
 
     Shapes: ``(..., features)`` to the same.
 
     Raises:
-        TypeError, ValueError: as :class:`PHMLinear`.
+        TypeError, ValueError, DecompositionError: as :class:`PHMLinear`.
     """
 
     alpha: Parameter
@@ -39,6 +39,7 @@ class PHYDILinear(HypercomplexLayer):
         n: int,
         bias: bool = True,
         *,
+        algebra_rank: int | str | None = None,
         kron_weights: bool = False,
         init: str | Tensor = "fan",
         learn_algebra: bool = True,
@@ -53,6 +54,7 @@ class PHYDILinear(HypercomplexLayer):
             n,
             (),
             bias,
+            algebra_rank=algebra_rank,
             kron_weights=kron_weights,
             init=init,
             learn_algebra=learn_algebra,
@@ -69,7 +71,7 @@ class PHYDILinear(HypercomplexLayer):
         torch.nn.init.zeros_(self.alpha)
 
     def forward(self, x: Tensor) -> Tensor:
-        return functional.phm_linear(x, self.structure(), self.F, self.bias, residual=x, alpha=self.alpha)
+        return self._product(functional.phm_linear, functional.phm_linear_factored, x, residual=x, alpha=self.alpha)
 
     def extra_repr(self) -> str:
         return f"features={self.features}, n={self.n}{self._repr_options()}"
