@@ -14,7 +14,7 @@ ROOT = Path(phydi_kernels.__file__).parent
 # From what users run down to what computes. A module imports from its own layer and from those below.
 LAYERS = (
     ("__main__", "cli", "info", "bench", "demo", "selftest"),
-    ("integrations", "discriminant", "models", "convert"),
+    ("integrations", "discriminant", "models", "convert", "inference"),
     ("nn",),
     ("functional",),
     ("ops",),
@@ -22,7 +22,7 @@ LAYERS = (
     ("reference",),
     ("plans",),
     ("algebra",),
-    ("_check",),
+    ("_check", "_dataflow"),
     ("",),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -1,0 +1,162 @@
+"""Which module takes the result of which other module in a model, where that can be known without inputs."""
+
+from __future__ import annotations
+
+import ast
+import copy
+import inspect
+import textwrap
+from collections import defaultdict
+from typing import Any
+
+from torch.fx import Node, Tracer
+from torch.nn import Module
+
+# Ways to the submodules of a module other than by their names.
+_ENUMERATION = {
+    "__dict__",
+    "_modules",
+    "children",
+    "get_submodule",
+    "modules",
+    "named_children",
+    "named_modules",
+}
+_REFLECTION = {"eval", "exec", "getattr", "super", "vars"}
+
+
+class _LocalTracer(Tracer):
+    """Traces one forward; the modules that it calls are not entered."""
+
+    proxy_buffer_attributes = True
+
+    def is_leaf_module(self, m: Module, module_qualified_name: str) -> bool:
+        return True
+
+
+class Dataflow:
+    """The calls between the modules of a model, the forward of each traced by itself with :mod:`torch.fx`.
+
+    They run with symbolic inputs on a copy that shares the parameters: the model stays as it is.
+
+    A forward that cannot be traced, such as one with a branch on its input or with optional arguments, may still be
+    known by its source to use a submodule only in calls ``self.name(...)``, so that what is called within is not
+    touched from outside.
+    """
+
+    def __init__(self, model: Module) -> None:
+        shared: dict[int, Any] = {id(p): p for p in model.parameters()}
+        self._modules = dict(copy.deepcopy(model, shared).named_modules())
+        self._names = {module: name for name, module in self._modules.items()}
+        self._parents: dict[Module, list[tuple[Module, str]]] = defaultdict(list)
+        self._calls: dict[Module, list[tuple[Module, Node]]] = defaultdict(list)
+        self._known: set[Module] = set()
+        for module in self._names:
+            for name, child in module._modules.items():
+                if child is not None:
+                    self._parents[child].append((module, name))
+            if module._modules and self._trace(module):
+                self._known.add(module)
+
+    def successor(self, name: str) -> str | None:
+        """The module that takes the result of the module ``name``, if no other does and both have one call.
+
+        None also where the calls are not known: see :meth:`obstacles`.
+        """
+        call = self._only_call(self._modules[name])
+        if call is None or len(call[1].users) != 1:
+            return None
+        owner, node = call
+        (user,) = node.users
+        if user.op != "call_module" or user.args != (node,) or user.kwargs:
+            return None
+        following = owner.get_submodule(str(user.target))
+        return None if self._only_call(following) is None else self._names[following]
+
+    def obstacles(self, name: str) -> list[str]:
+        """Classes of the modules because of which it is not known who calls the module ``name``."""
+        return [type(m).__name__ for m in self._obstacles(self._modules[name])]
+
+    def _only_call(self, module: Module) -> tuple[Module, Node] | None:
+        calls = self._calls[module]
+        return calls[0] if len(calls) == 1 and not self._obstacles(module) else None
+
+    def _obstacles(self, module: Module) -> list[Module]:
+        found: dict[Module, None] = {}
+        below, seen = [module], {module}
+        while below:
+            child = below.pop()
+            for parent, name in self._parents[child]:
+                # A direct parent's calls must be known, of those above only that they leave the parent whole.
+                if parent not in self._known and (child is module or not _only_calls(parent, name)):
+                    found[parent] = None
+                if parent not in seen:
+                    seen.add(parent)
+                    below.append(parent)
+        return list(found)
+
+    def _trace(self, module: Module) -> bool:
+        """Records the calls that ``module`` makes; False if they are not known."""
+        forward = getattr(type(module), "forward", None)
+        if forward is None or "forward" in module.__dict__:
+            return False
+        if forward is Module.forward:
+            return True  # a ModuleList or ModuleDict: its modules are called by those that hold it
+        try:
+            arguments = inspect.signature(forward).parameters.values()
+            if any(a.default is not a.empty or a.kind in (a.VAR_POSITIONAL, a.VAR_KEYWORD) for a in arguments):
+                return False
+            graph = _LocalTracer().trace(module)
+        except Exception:  # whatever a forward raises that is not made for symbolic inputs
+            return False
+        for node in graph.nodes:
+            # Reading a parameter counts as a call as well: the module then is used in more than one way.
+            target = str(node.target) if node.op == "call_module" else str(node.target).rpartition(".")[0]
+            if node.op in ("call_module", "get_attr") and target:
+                self._calls[module.get_submodule(target)].append((module, node))
+        return True
+
+
+def _only_calls(module: Module, name: str) -> bool:
+    """Whether the source of ``module``'s forward, and of the methods it uses, has the child only in self.name(...)."""
+    if "forward" in module.__dict__ or not inspect.isfunction(inspect.getattr_static(type(module), "forward")):
+        return False
+    names, seen = ["forward"], {"forward"}
+    while names:
+        method = inspect.getattr_static(type(module), names.pop(), None)
+        method = method.fget if isinstance(method, property) else method
+        if not inspect.isfunction(method):
+            continue
+        try:
+            tree = ast.parse(textwrap.dedent(inspect.getsource(method)))
+        except (OSError, SyntaxError):
+            return False
+        definition = tree.body[0]
+        if not isinstance(definition, ast.FunctionDef) or not definition.args.args:
+            return False
+        own = definition.args.args[0].arg
+        nodes = list(ast.walk(tree))
+        harmless = {use for node in nodes for use in _harmless(node)}
+        owners = {node.value for node in nodes if isinstance(node, ast.Attribute)}
+        for node in nodes:
+            if isinstance(node, ast.Name) and (node.id in _REFLECTION or (node.id == own and node not in owners)):
+                return False
+            if isinstance(node, ast.Attribute):
+                if node.attr in _ENUMERATION or (node.attr == name and node not in harmless):
+                    return False
+                if isinstance(module.__dict__.get(node.attr), (list, tuple, dict, set)):
+                    return False  # may hold modules
+                if node.attr not in seen and not hasattr(Module, node.attr):
+                    seen.add(node.attr)
+                    names.append(node.attr)
+    return True
+
+
+def _harmless(node: ast.AST) -> list[ast.expr]:
+    """What ``node`` calls, compares, or asks for its type."""
+    if isinstance(node, ast.Compare):
+        return [node.left, *node.comparators]
+    if not isinstance(node, ast.Call):
+        return []
+    asks = isinstance(node.func, ast.Name) and node.func.id in ("isinstance", "type")
+    return [node.func, *(node.args if asks else ())]

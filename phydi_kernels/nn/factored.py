@@ -1,0 +1,228 @@
+"""Layers in rank-R form without gradients: what ``phydi_kernels.optimize_for_inference`` puts in place of others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module, Parameter
+
+from .. import functional
+from ..reference import compute_dtype
+
+
+class FactoredLayer(Module):
+    r"""What the layers in rank-R form share: y = residual + alpha * act(H x + bias), without gradients.
+
+    .. math:: H = \sum_i A_i \otimes F_i, \quad A_{ikl} = \sum_{r=1}^R U_{ri} V_{rk} W_{rl}
+
+    Args:
+        U: ``(R, n)``.
+        V: ``(R, P)``.
+        W: ``(R, Q)``.
+        F: ``(n, p, q, *kernel)``. A parameter that requires no gradient becomes the layer's own, so that layers may
+            share it; any other tensor gives its values, not copied.
+        bias: ``(P*p,)`` or None, like F.
+        alpha: one element, ``(P*p,)`` or None, like F.
+        activation: ``"none"`` or ``"relu"``.
+        prepack: holds the R combined weights ``sum_i U[r, i] F_i`` in place of U and F. They take R/(P*Q) of the dense
+            layer's memory in place of 1/n, and no time at each call.
+
+    Parameters, none of which requires a gradient: ``V``, ``W`` and either ``U`` and ``F`` or ``F_hat``; ``bias`` and
+    ``alpha`` where they are given. F, bias and alpha share a dtype; U, V and W are kept in float32 where that has 16
+    bits, also when the layer is converted. A layer takes the state_dict of another with the same shapes and options.
+    """
+
+    U: Parameter | None
+    V: Parameter
+    W: Parameter
+    F: Parameter
+    F_hat: Parameter
+    bias: Parameter | None
+    alpha: Parameter | None
+
+    def __init__(
+        self,
+        U: Tensor,
+        V: Tensor,
+        W: Tensor,
+        F: Tensor,
+        bias: Tensor | None = None,
+        *,
+        alpha: Tensor | None = None,
+        activation: str = "none",
+        prepack: bool = False,
+    ) -> None:
+        super().__init__()
+        wide = compute_dtype(F.dtype)
+        U, V, W = (t.detach().to(F.device, wide, copy=True) for t in (U, V, W))
+        self.n, self.rank, self.prepacked = F.shape[0], len(U), prepack
+        self.in_features, self.out_features = W.shape[1] * F.shape[2], V.shape[1] * F.shape[1]
+        self.activation = activation
+        self.U = None if prepack else _frozen(U)
+        self.V, self.W = _frozen(V), _frozen(W)
+        if prepack:
+            combined = torch.einsum("ri,i...->r...", U, F.detach().to(wide)).to(F.dtype)
+            self.F_hat = _frozen(self._packed(combined).contiguous())
+        else:
+            self.F = _frozen(F)
+        self.bias = None if bias is None else _frozen(bias)
+        self.alpha = None if alpha is None else _frozen(alpha)
+
+    def _packed(self, weights: Tensor) -> Tensor:
+        """The combined weights (R, p, q, *kernel) as F_hat holds them, and these back again."""
+        return weights
+
+    def _weights(self) -> Tensor:
+        """F, or the combined weights."""
+        return self._packed(self.F_hat) if self.prepacked else self.F
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Module:
+        factors = (self.U, self.V, self.W)
+
+        def apply(t: Tensor) -> Tensor:
+            if t.dim() > 3:
+                # Module.to(memory_format=torch.channels_last) would take filters for images.
+                return fn(t.flatten()).view(t.shape)
+            moved = fn(t)
+            kept = compute_dtype(moved.dtype)
+            return t.to(moved.device, kept) if moved.dtype != kept and any(t is f for f in factors) else moved
+
+        return super()._apply(apply, recurse)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        alpha = state_dict.get(prefix + "alpha")
+        if self.activation == "relu" and alpha is not None and not (alpha > 0).all():
+            # relu(alpha h) was written as alpha relu(h).
+            error_msgs.append(f"{prefix}alpha must be positive: the ReLU that followed it is applied before it")
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def extra_repr(self) -> str:
+        options = f"n={self.n}, rank={self.rank}, bias={self.bias is not None}"
+        if self.alpha is not None:
+            options += f", alpha={tuple(self.alpha.shape)}"
+        if self.activation != "none":
+            options += f", activation={self.activation!r}"
+        return options + (", prepacked" if self.prepacked else "")
+
+
+class FactoredPHMLinear(FactoredLayer):
+    """:class:`PHMLinear`, or with ``residual`` :class:`PHYDILinear`, by :func:`functional.phm_linear_factored`.
+
+    Args:
+        U, V, W, F, bias, alpha, activation, prepack: as in :class:`FactoredLayer`.
+        residual: adds the input.
+
+    Shapes: ``(..., in_features)`` to ``(..., out_features)``.
+    """
+
+    def __init__(
+        self,
+        U: Tensor,
+        V: Tensor,
+        W: Tensor,
+        F: Tensor,
+        bias: Tensor | None = None,
+        *,
+        residual: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__(U, V, W, F, bias, **options)
+        self.residual = residual
+
+    def _packed(self, weights: Tensor) -> Tensor:
+        # Transposed, (R, q, p): the CPU kernels then read the weights of all outputs side by side.
+        return weights.transpose(1, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        residual = x if self.residual else None
+        return functional.phm_linear_factored(
+            x,
+            self.U,
+            self.V,
+            self.W,
+            self._weights(),
+            self.bias,
+            residual=residual,
+            alpha=self.alpha,
+            activation=self.activation,
+        )
+
+    def extra_repr(self) -> str:
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}, "
+        return sizes + super().extra_repr() + (", residual" if self.residual else "")
+
+
+class FactoredPHConv(FactoredLayer):
+    """:class:`PHConv1d`, :class:`PHConv2d` or :class:`PHConv3d`, by :func:`functional.phc_conv2d_factored` and alike.
+
+    Args:
+        U, V, W, F, bias, alpha, activation, prepack: as in :class:`FactoredLayer`.
+        stride, padding, dilation: as in :class:`PHConv2d`.
+
+    Shapes: ``(batch, in_channels, *size)`` or ``(in_channels, *size)`` to the same with out_channels, with as many
+    spatial dimensions as F has.
+    """
+
+    def __init__(
+        self,
+        U: Tensor,
+        V: Tensor,
+        W: Tensor,
+        F: Tensor,
+        bias: Tensor | None,
+        stride: tuple[int, ...],
+        padding: tuple[int, ...] | str,
+        dilation: tuple[int, ...],
+        **options: Any,
+    ) -> None:
+        super().__init__(U, V, W, F, bias, **options)
+        self.in_channels, self.out_channels = self.in_features, self.out_features
+        self.kernel_size = tuple(F.shape[3:])
+        self.stride, self.padding, self.dilation = stride, padding, dilation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _CONV[len(self.kernel_size)](
+            x,
+            self.U,
+            self.V,
+            self.W,
+            self._weights(),
+            self.bias,
+            self.stride,
+            self.padding,
+            self.dilation,
+            alpha=self.alpha,
+            activation=self.activation,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
+            f"padding={self.padding!r}, dilation={self.dilation}, {super().extra_repr()}"
+        )
+
+
+_CONV = {
+    1: functional.phc_conv1d_factored,
+    2: functional.phc_conv2d_factored,
+    3: functional.phc_conv3d_factored,
+}
+
+
+def _frozen(t: Tensor) -> Parameter:
+    return t if isinstance(t, Parameter) and not t.requires_grad else Parameter(t.detach(), requires_grad=False)
