@@ -14,8 +14,9 @@ import torch
 from . import __version__
 from .kernels import cpu
 
-OPS = ("phm_linear", "phm_linear_weight_grad") + tuple(
-    f"phc_conv{d}d{gradient}" for d in (1, 2, 3) for gradient in ("", "_input_grad", "_weight_grad")
+_CONV_OPS = ("", "_input_grad", "_weight_grad", "_factored", "_factored_input_grad", "_factored_grad")
+OPS = ("phm_linear", "phm_linear_weight_grad", "phm_linear_factored", "phm_linear_factored_grad") + tuple(
+    f"phc_conv{d}d{suffix}" for d in (1, 2, 3) for suffix in _CONV_OPS
 )
 
 _REFERENCE = "reference (composed torch ops)"
@@ -116,5 +117,5 @@ def _format(info: dict[str, Any]) -> str:
     lines = [f"{name:14}{value}".rstrip() for name, value in rows]
     table = [("operator", "on cpu", "on cuda"), *((op, d["cpu"], d["cuda"]) for op, d in info["ops"].items())]
     width = max(len(cpu_column) for _, cpu_column, _ in table)
-    lines += ["", *(f"{op:26}{on_cpu:{width + 2}}{on_cuda}" for op, on_cpu, on_cuda in table)]
+    lines += ["", *(f"{op:32}{on_cpu:{width + 2}}{on_cuda}" for op, on_cpu, on_cuda in table)]
     return "\n".join(lines)

@@ -15,7 +15,9 @@ from torch import Tensor
 
 from . import reference
 from .info import implementation
-from .ops import phc_conv, phm_linear
+
+# Imported to define the convolutions, which are called by their names in torch.ops.phydi.
+from .ops import phc_conv, phc_conv_factored, phm_linear, phm_linear_factored  # noqa: F401
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -106,13 +108,6 @@ def _microseconds(call: Callable[[], Any], device: torch.device, repeats: int = 
     return statistics.median(times) * 1e6
 
 
-def _factors(
-    n: int, P: int, Q: int, p: int, q: int, kernel: tuple[int, ...], normal: Callable[..., Tensor]
-) -> tuple[Tensor, Tensor]:
-    """A and F such that H x has the variance of x."""
-    return normal(n, P, Q, std=n**-0.5), normal(n, p, q, *kernel, std=(Q * q * math.prod(kernel)) ** -0.5)
-
-
 def _normal(dtype: torch.dtype, generator: torch.Generator) -> Callable[..., Tensor]:
     def normal(*size: int, std: float = 1.0) -> Tensor:
         return (torch.randn(size, generator=generator) * std).to(dtype)
@@ -120,20 +115,43 @@ def _normal(dtype: torch.dtype, generator: torch.Generator) -> Callable[..., Ten
     return normal
 
 
+def _algebras(n: int, P: int, Q: int, normal: Callable[..., Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """A, and U, V, W of another one, with entries of variance 1/n."""
+    R = n * max(P, Q) - 1
+    # Signs: products of three normal numbers would leave a few entries much larger than the others.
+    U, V, W = (normal(R, size).sign() * (n * R) ** (-1 / 6) for size in (n, P, Q))
+    return normal(n, P, Q, std=n**-0.5), (U, V, W)
+
+
 def _linear_cases(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple[str, Case]]:
     rows, n, P, Q, p, q = shape
     normal = _normal(dtype, generator)
-    A, F = _factors(n, P, Q, p, q, (), normal)
+    A, UVW = _algebras(n, P, Q, normal)
+    # H x has the variance of x.
+    F = normal(n, p, q, std=(Q * q) ** -0.5)
     x, grad, bias, alpha = normal(rows, Q * q), normal(rows, P * p), normal(P * p), normal(1)
-    args = (x, A, F, bias, grad, alpha, "relu")
+    of_weights = rows + max(p * q, P * Q)
+    args: tuple[Any, ...] = (x, A, F, bias, grad, alpha, "relu")
     yield "phm_linear", Case(phm_linear.phm_linear, reference.phm_linear, args, n + Q * q)
+    args = (grad, x, A, F)
     yield (
         "phm_linear_weight_grad",
+        Case(phm_linear.phm_linear_weight_grad, reference.phm_linear_weight_grad, args, of_weights),
+    )
+    factored, R = phm_linear_factored, len(UVW[0])
+    args = (x, *UVW, F, bias, grad, alpha, "relu")
+    yield (
+        "phm_linear_factored",
+        Case(factored.phm_linear_factored, reference.phm_linear_factored, args, R + n + Q * q),
+    )
+    args = (grad, x, *UVW, F)
+    yield (
+        "phm_linear_factored_grad",
         Case(
-            phm_linear.phm_linear_weight_grad,
-            reference.phm_linear_weight_grad,
-            (grad, x, A, F),
-            rows + max(p * q, P * Q),
+            factored.phm_linear_factored_grad,
+            reference.phm_linear_factored_grad,
+            args,
+            R + n + max(of_weights, P * p, Q * q),
         ),
     )
 
@@ -144,31 +162,25 @@ def _conv_cases(
     batch, n, P, Q, p, q, stride, dilation = shape
     kernel, geometry = (3,) * d, ([stride] * d, [1] * d, [dilation] * d)
     normal = _normal(dtype, generator)
-    A, F = _factors(n, P, Q, p, q, kernel, normal)
+    A, UVW = _algebras(n, P, Q, normal)
+    taps = 3**d
+    F = normal(n, p, q, *kernel, std=(Q * q * taps) ** -0.5)
     size = [(s - 2 * dilation + 1) // stride + 1 for s in CONV_SIZES[d]]
     x, grad = normal(batch, Q * q, *CONV_SIZES[d]), normal(batch, P * p, *size)
-    args = (x, A, F, normal(P * p), *geometry, grad, normal(1), "relu")
-    taps, pixels = 3**d, batch * math.prod(size)
-    family, name = phc_conv.OPS[d], f"phc_conv{d}d"
-    yield name, Case(family.forward, reference.phc_conv, args, n + Q * q * taps)
-    yield (
-        f"{name}_input_grad",
-        Case(
-            family.input_grad,
-            reference.phc_conv_input_grad,
-            (grad, A, F, list(x.shape), *geometry),
-            n + P * p * taps,
-        ),
-    )
-    yield (
-        f"{name}_weight_grad",
-        Case(
-            family.weight_grad,
-            reference.phc_conv_weight_grad,
-            (grad, x, A, F, *geometry),
-            pixels + max(p * q * taps, P * Q),
-        ),
-    )
+    epilogue = (grad, normal(1), "relu")
+    bias, pixels, R = normal(P * p), batch * math.prod(size), len(UVW[0])
+    of_weights = pixels + max(p * q * taps, P * Q)
+    calls = {
+        "": ((x, A, F, bias, *geometry, *epilogue), n + Q * q * taps),
+        "_input_grad": ((grad, A, F, list(x.shape), *geometry), n + P * p * taps),
+        "_weight_grad": ((grad, x, A, F, *geometry), of_weights),
+        "_factored": ((x, *UVW, F, bias, *geometry, *epilogue), R + n + Q * q * taps),
+        "_factored_input_grad": ((grad, *UVW, F, list(x.shape), *geometry), R + n + P * p * taps),
+        "_factored_grad": ((grad, x, *UVW, F, *geometry), R + n + max(of_weights, P * p * taps, Q * q * taps)),
+    }
+    for suffix, (args, terms) in calls.items():
+        name = f"phc_conv{d}d{suffix}"
+        yield name, Case(getattr(torch.ops.phydi, name), getattr(reference, f"phc_conv{suffix}"), args, terms)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -182,12 +194,12 @@ def run(args: argparse.Namespace) -> int:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         print(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}")
         return 2
-    print(f"{'operator':24}{'dtype':9}{'error':>9}{'allowed':>9}{'time':>11}  {'':6}  implementation")
+    print(f"{'operator':32}{'dtype':9}{'error':>9}{'allowed':>9}{'time':>11}  {'':6}  implementation")
     results = []
     for r in check(device):
         results.append(r)
         dtype, verdict = str(r.dtype).removeprefix("torch."), "passed" if r.passed else "FAILED"
-        row = f"{r.op:24}{dtype:9}{r.error:9.1e}{r.tolerance:9.1e}{r.microseconds:8.0f} us  {verdict}"
+        row = f"{r.op:32}{dtype:9}{r.error:9.1e}{r.tolerance:9.1e}{r.microseconds:8.0f} us  {verdict}"
         print(f"{row}  {implementation(r.op, device.type)}", flush=True)
     passed = sum(r.passed for r in results)
     print(f"{passed} passed, {len(results) - passed} failed")

@@ -24,6 +24,13 @@ def normal(shape: Sequence[int], seed: int) -> Tensor:
     return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
+def even(shape: Sequence[int], seed: int) -> Tensor:
+    """Numbers of either sign between 1/2 and 3/2 in size: products of several are of one size too."""
+    generator = torch.Generator().manual_seed(seed)
+    size = 0.5 + torch.rand(tuple(shape), generator=generator, dtype=torch.float64)
+    return size * (2 * torch.randint(0, 2, tuple(shape), generator=generator) - 1)
+
+
 def ternary(shape: Sequence[int], seed: int) -> Tensor:
     """-1, 0, 0, 1: every sum the operators form of these is exact in float32, and short ones in 16 bits."""
     draw = torch.randint(0, 4, tuple(shape), generator=torch.Generator().manual_seed(seed))
@@ -113,36 +120,38 @@ def assert_exact(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], d
         )
 
 
-def unit_error(dtype: torch.dtype, terms: float) -> float:
+def unit_error(dtype: torch.dtype, terms: Tensor) -> Tensor:
     """Relative size of the rounding error of a sum of ``terms`` products: eps of the result and of the additions."""
     work = torch.float64 if dtype is torch.float64 else torch.float32
-    return torch.finfo(dtype).eps + math.sqrt(terms) * torch.finfo(work).eps
+    return torch.finfo(dtype).eps + terms.sqrt() * torch.finfo(work).eps
 
 
-def assert_close(actual: Tensor, expected: Tensor, magnitude: Tensor, terms: float, name: str = "value") -> None:
+def assert_close(
+    actual: Tensor, expected: Tensor, magnitude: Tensor, terms: float | Tensor, name: str = "value"
+) -> None:
     """Entry by entry, and as a vector: an error spread thin over all entries passes the first and not the second.
 
     ``magnitude`` is the same sum over absolute values, the typical size times sqrt(terms): unlike ``expected`` it does
-    not vanish where the terms happen to cancel.
+    not vanish where the terms happen to cancel. ``terms`` is their number, in all entries or in each.
     """
     assert actual.shape == expected.shape, f"{name}: shape {tuple(actual.shape)}, not {tuple(expected.shape)}"
     if expected.numel() == 0:
         return
+    terms = torch.as_tensor(terms, dtype=torch.float64)
     error = (actual.cpu().double() - expected).abs()
     assert error.isfinite().all(), f"{name}: {int((~error.isfinite()).sum())} of {error.numel()} entries are not finite"
-    size = torch.maximum(expected.abs(), magnitude / math.sqrt(terms))
-    unit = unit_error(actual.dtype, terms)
-    worst = (error - ROUNDING * unit * size).argmax()
-    assert error.flatten()[worst] <= ROUNDING * unit * size.flatten()[worst], (
+    size = torch.maximum(expected.abs(), magnitude / terms.sqrt())
+    scale = unit_error(actual.dtype, terms) * size
+    worst = (error - ROUNDING * scale).argmax()
+    assert error.flatten()[worst] <= ROUNDING * scale.flatten()[worst], (
         f"{name}: entry {int(worst)} is {actual.flatten()[worst]}, expected {expected.flatten()[worst]}: "
-        f"error {error.flatten()[worst]:.2e}, allowed {ROUNDING * unit * size.flatten()[worst]:.2e}"
+        f"error {error.flatten()[worst]:.2e}, allowed {ROUNDING * scale.flatten()[worst]:.2e}"
     )
     # Independent errors average out: the norm is held to one standard deviation, a single entry to ROUNDING of them.
-    allowed = unit * (1 + (ROUNDING - 1) / math.sqrt(error.numel()))
-    relative = float(error.norm() / size.norm()) if size.any() else 0.0
-    assert relative <= allowed, f"{name}: relative L2 error {relative:.2e}, allowed {allowed:.2e}"
+    allowed = float(scale.norm()) * (1 + (ROUNDING - 1) / math.sqrt(error.numel()))
+    assert error.norm() <= allowed, f"{name}: the error's L2 norm is {float(error.norm()):.2e}, allowed {allowed:.2e}"
     if expected.any():
         a, b = actual.cpu().double().flatten(), expected.flatten()
-        lost = 1.0 - float(a @ b / (a.norm() * b.norm()))
-        allowed = float(allowed * size.norm() / b.norm()) ** 2 + 1e-14
+        lost = float((a / a.norm() - b / b.norm()).square().sum()) / 2
+        allowed = (allowed / float(b.norm())) ** 2 + 1e-14
         assert lost <= allowed, f"{name}: cosine is {lost:.2e} below 1, allowed {allowed:.2e}"

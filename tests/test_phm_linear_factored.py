@@ -1,0 +1,257 @@
+"""phm_linear_factored: the shared checks, a result worked out by hand, every compiled plan, an error bound."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import pytest
+import torch
+from helpers import DTYPES, LAYOUTS, assert_exact, dtype_id, evaluate, normal, ternary
+from op_cases import CASES, FACTORED_PROBLEMS, linear
+from op_checks import ALGEBRA, STRUCTURES, FactoredChecks, absolute, decomposed, double, draw, force_plan
+
+from phydi_kernels import functional
+from phydi_kernels.plans import Plan
+
+CASE = CASES["phm_linear_factored"]
+PLANS = pytest.mark.parametrize("plan", Plan, ids=lambda plan: plan.name)
+
+
+class TestPHMLinearFactored(FactoredChecks):
+    case = CASE
+    dense_case = CASES["phm_linear"]
+
+    def decomposable(self, n, P, Q):
+        return linear((37,), n, P, Q, 19, 23)
+
+    def test_compile_with_inductor(self, device):
+        self._compiled(CASE.small[0], "inductor", False, "relu", device)
+
+
+def test_complex_product_by_three_products():
+    """Gauss: (2 + 3i)(5 + 7i) = (10 - 21) + ((2 + 3)(5 + 7) - 10 - 21) i from 2*5, 3*7 and 5*12."""
+    U = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+    V = torch.tensor([[1.0, -1.0], [-1.0, -1.0], [0.0, 1.0]])
+    F = torch.tensor([2.0, 3.0]).reshape(2, 1, 1)
+    x = torch.tensor([5.0, 7.0])
+    assert functional.phm_linear_factored(x, U, V, U, F).tolist() == [-11.0, 29.0]
+    combined = torch.tensor([2.0, 3.0, 5.0]).reshape(3, 1, 1)
+    assert functional.phm_linear_factored(x, None, V, U, combined).tolist() == [-11.0, 29.0]
+
+
+def test_gradients_by_hand():
+    """y = 3 (u v w f x + b), one feature: every derivative written out at u=2, v=-1, w=4, f=5, x=7, b=11, dy=1."""
+    values = {"x": 7.0, "U": 2.0, "V": -1.0, "W": 4.0, "F": 5.0, "bias": 11.0, "alpha": 3.0}
+    shapes = {"x": (1,), "F": (1, 1, 1), "bias": (1,), "alpha": ()}
+    leaves = {name: torch.full(shapes.get(name, (1, 1)), v, requires_grad=True) for name, v in values.items()}
+    y = functional.phm_linear_factored(**leaves)
+    assert y.item() == -807.0
+    grads = torch.autograd.grad(y, list(leaves.values()))
+    assert [g.item() for g in grads] == [-120.0, -420.0, 840.0, -210.0, -168.0, 3.0, -269.0]
+
+
+@functools.cache
+def _exact(problem: str, values: Any, activation: str) -> dict[str, torch.Tensor]:
+    """The float64 result; integers are the same in every dtype."""
+    chosen = next(p for p in FACTORED_PROBLEMS if str(p) == problem)
+    tensors = draw(chosen, values, alpha=2.0)
+    grad = values(chosen.shapes["residual"], 99)
+    return evaluate(CASE.dense, tensors, {"activation": activation}, CASE.differentiable, grad)
+
+
+def _run(tensors, options, grad, wanted=CASE.differentiable):
+    return evaluate(CASE.op, tensors, options, wanted, grad)
+
+
+@pytest.mark.usefixtures("library")
+@PLANS
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("problem", FACTORED_PROBLEMS, ids=str)
+class TestPlans:
+    """Every plan of the product and of its gradients serves every shape."""
+
+    # The gradient of alpha sums parts that 16 bits may round.
+    wanted = tuple(name for name in CASE.differentiable if name != "alpha")
+
+    @pytest.mark.parametrize("count", (1, 2))
+    def test_integer_values_are_exact(self, problem, dtype, plan, count, threads, monkeypatch):
+        force_plan(monkeypatch, plan)
+        threads(count)
+        expected = _exact(str(problem), ternary, "relu")
+        tensors = draw(problem, ternary, dtype, alpha=2.0)
+        grad = ternary(problem.shapes["residual"], 99).to(dtype)
+        for wanted in (self.wanted, ("x",)):
+            actual = _run(tensors, {"activation": "relu"}, grad, wanted)
+            assert_exact(actual, {name: expected[name] for name in actual}, dtype)
+
+    def test_values(self, problem, dtype, plan, threads, monkeypatch):
+        force_plan(monkeypatch, plan)
+        checks = TestPHMLinearFactored()
+        tensors = draw(problem, normal, dtype)
+        grad = normal(problem.shapes["residual"], 99).to(dtype)
+        runs = checks._with_one_and_two_threads(tensors, {}, grad, threads)
+        checks._check_each_close(runs, tensors, {}, grad)
+
+
+@pytest.mark.usefixtures("library")
+@PLANS
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+@pytest.mark.parametrize("problem", [p for p in FACTORED_PROBLEMS if math.prod(p.shapes["x"]) < 20000], ids=str)
+def test_every_plan_takes_every_layout(problem, plan, layout, monkeypatch):
+    """Between NaN, with F's unit stride along q, along p, along neither."""
+    force_plan(monkeypatch, plan)
+    for dtype in (torch.float32, torch.bfloat16):
+        tensors = {name: layout(t) for name, t in draw(problem, ternary, dtype).items()}
+        grad = layout(ternary(problem.shapes["residual"], 99).to(dtype))
+        expected = evaluate(CASE.dense, double(tensors), {}, TestPlans.wanted, grad.double())
+        assert_exact(_run(tensors, {}, grad, TestPlans.wanted), expected, dtype)
+
+
+@pytest.mark.usefixtures("library")
+@pytest.mark.parametrize("half", (torch.bfloat16, torch.float16), ids=dtype_id)
+@pytest.mark.parametrize("factor", ALGEBRA)
+def test_float32_algebra_is_not_rounded_to_16_bits(half, factor, monkeypatch):
+    """s + 1 and -s, s = 2/eps, add up to 1; rounded, to 0."""
+    force_plan(monkeypatch, Plan.RANK)
+    s = 2 / torch.finfo(half).eps
+    one = torch.tensor([[1.0, 0.0]])
+    factors = {name: one for name in ALGEBRA} | {factor: torch.tensor([[s + 1, -s]])}
+    x, F = (ternary(shape, seed).to(half) for seed, shape in enumerate(((9, 35), (5, 35))))
+    h = x @ F.T
+    residual = torch.cat([-s * h, torch.zeros_like(h)], 1) if factor == "V" else None
+    y = functional.phm_linear_factored(x.repeat(1, 2), **factors, F=F.repeat(2, 1, 1), residual=residual)
+    assert torch.equal(y[:, :5], h)
+
+
+def _bound(tensors: dict[str, torch.Tensor], y: torch.Tensor) -> torch.Tensor:
+    """The error bound of test_rounding_in_bfloat16, entry by entry."""
+    u, single = 2.0**-8, 2.0**-24
+    x, U, V, W, F = (tensors[name] for name in ("x", "U", "V", "W", "F"))
+    n, _, q = F.shape
+    blocks = x.reshape(len(x), -1, q)
+    x_hat = torch.einsum("rl,bls->brs", W, blocks).abs()
+    F_hat = torch.einsum("ri,ipq->rpq", U, F).abs()
+    products = torch.einsum("rk,brp->bkp", V.abs(), torch.einsum("rpq,brq->brp", F_hat, x_hat)).reshape(y.shape)
+    # Additions and products of a sum in float32: n of F-hat, Q of x-hat, q of their product, R of the result.
+    gamma = 2 * (n + blocks.shape[1] + q + len(V)) * single
+    magnitude = CASE.dense(**absolute(tensors))
+    return u * y.abs() + (1 + u) * ((2 * u + u * u) * products + gamma * magnitude)
+
+
+@pytest.mark.usefixtures("library")
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("rows", (3, 150))
+@pytest.mark.parametrize("q", (1, 2, 65))
+def test_rounding_in_bfloat16(structure, rows, q, monkeypatch):
+    """An error bound for every entry, u = 2^-8 the unit roundoff of bfloat16:
+
+        |y - H x| <= u |H x| + (1 + u) ((2u + u^2) B + gamma M),
+        B_k = sum_r |V[r,k]| |F-hat_r| |x-hat_r|,    M = |V| |U| |W| |F| |x| summed alike,
+
+    F-hat and x-hat are summed in float32 and rounded once, their entries become F-hat (1 + d) and x-hat (1 + e) with
+    |d|, |e| <= u: a product of two is off by at most 2u + u^2 of itself, and their sum, weighted with V, by that of B.
+    Each entry passes at most n + Q + q + R additions and as many multiplications in float32, all together below gamma M
+    with gamma = 2 (n + Q + q + R) 2^-24 to first order, which the second order, 1e-9 of M, does not reach. At last the
+    sum z, off by e, is rounded: |z (1 + d) - H x| <= e + u |z| <= u |H x| + (1 + u) e.
+    """
+    force_plan(monkeypatch, Plan.RANK)
+    A, found = decomposed(structure)
+    n, P, Q = A.shape
+    p = 33
+    tensors = draw(linear((rows,), n, P, Q, p, q), normal, torch.bfloat16, omit=("A", "bias", "residual", "alpha"))
+    # Decompositions may have entries of 1, which round nothing.
+    tensors |= {name: t.float() * scale for (name, t), scale in zip(found.items(), (1.3, 0.7, 1.1), strict=True)}
+    y = functional.phm_linear_factored(**tensors)
+    exact = double(tensors)
+    expected = CASE.dense(**exact)
+    excess = (y.double() - expected).abs() - _bound(exact, expected)
+    assert excess.max() <= 0
+
+
+def _direct(op: str, change: dict[str, Any]) -> Any:
+    tensors: dict[str, Any] = {"x": torch.zeros(5, 8), "U": torch.zeros(3, 2), "V": torch.zeros(3, 2)}
+    tensors |= {"W": torch.zeros(3, 2), "F": torch.zeros(2, 3, 4)}
+    if op == "phm_linear_factored":
+        tensors |= {"bias": torch.zeros(6), "residual": torch.zeros(5, 6), "alpha": torch.zeros(1), "relu": False}
+    else:
+        tensors["grad"] = torch.zeros(5, 6)
+    return getattr(torch.ops.phydi_cpu, op)(**{**tensors, "plan": 3, **change})
+
+
+def _changed(value: Any) -> str:
+    if isinstance(value, str):
+        return ""
+    ((name, to),) = value.items()
+    return f"{name}{'x'.join(map(str, to.shape))}" if isinstance(to, torch.Tensor) else f"{name}{to}"
+
+
+BOTH = ("phm_linear_factored", "phm_linear_factored_grad")
+
+
+@pytest.mark.usefixtures("library")
+class TestDirectCalls:
+    """The public function names the argument; the kernel itself must not read what is not there."""
+
+    @pytest.mark.parametrize("op", BOTH)
+    @pytest.mark.parametrize("plan", (0, 2, 3))
+    def test_fitting_shapes_run(self, op, plan):
+        _direct(op, {"plan": plan})
+
+    @pytest.mark.parametrize("op", BOTH)
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        (
+            ({"x": torch.zeros(5, 7)}, "last dimension"),
+            ({"x": torch.zeros(5, 8, dtype=torch.float64)}, "dtype of x"),
+            ({"F": torch.zeros(3, 3, 4)}, "U must be"),
+            ({"F": torch.zeros(2, 3, 0)}, "not empty"),
+            ({"F": torch.zeros(2, 12)}, "F must be"),
+            ({"U": torch.zeros(2, 2)}, "U must be"),
+            ({"U": torch.zeros(3, 3)}, "U must be"),
+            ({"U": torch.zeros(6)}, "U must be"),
+            ({"V": torch.zeros(2, 2)}, "V must be"),
+            ({"V": torch.zeros(6)}, "V must be"),
+            ({"V": torch.zeros(3, 0)}, "V must be"),
+            ({"W": torch.zeros(4, 2)}, "V must be"),
+            ({"W": torch.zeros(3, 2, 1)}, "V must be"),
+            ({"W": torch.zeros(3, 3)}, "last dimension"),
+            ({"plan": 4}, "unknown plan"),
+            ({"plan": -1}, "unknown plan"),
+        ),
+        ids=_changed,
+    )
+    def test_factors_that_do_not_fit(self, op, change, message):
+        with pytest.raises(RuntimeError, match=message):
+            _direct(op, change)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        (
+            ({"U": None}, "U must be"),
+            ({"bias": torch.zeros(5)}, "last dimension"),
+            ({"bias": torch.zeros(6, dtype=torch.float64)}, "one dtype"),
+            ({"residual": torch.zeros(5, 5)}, "another dtype or size"),
+            ({"alpha": torch.zeros(2)}, "last dimension"),
+            ({"alpha": torch.zeros(0)}, "another dtype or size"),
+        ),
+        ids=_changed,
+    )
+    def test_epilogue_that_does_not_fit(self, change, message):
+        with pytest.raises(RuntimeError, match=message):
+            _direct("phm_linear_factored", change)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        (
+            ({"grad": torch.zeros(5, 5)}, "last dimension"),
+            ({"grad": torch.zeros(4, 6)}, "another dtype or size"),
+            ({"grad": torch.zeros(5, 6, dtype=torch.float64)}, "one dtype"),
+            ({"plan": 1}, "unknown plan"),
+        ),
+        ids=_changed,
+    )
+    def test_gradient_that_does_not_fit(self, change, message):
+        with pytest.raises(RuntimeError, match=message):
+            _direct("phm_linear_factored_grad", change)
