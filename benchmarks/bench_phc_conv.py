@@ -1,4 +1,4 @@
-"""PHConv2d, 3x3, against nn.Conv2d of the same shape and the published layer."""
+"""PHConv2d that learns A, 3x3, against nn.Conv2d of the same shape and the published layer."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from published import PublishedPHConv2d
+from layers import PublishedLayer, dense_conv2d
 from rivals import expected_results, forward, forward_backward
 from torch import nn
 
@@ -30,11 +30,10 @@ def test_phc_conv2d(
     torch.manual_seed(0)
     ours = PHConv2d(channels, channels, KERNEL, N, padding=PADDING, device=device)
     # A channels_last input meets a channels_last weight, as in a dense network that was converted.
-    dense = nn.Conv2d(channels, channels, KERNEL, padding=PADDING, device=device).to(memory_format=FORMATS[layout])
-    with torch.no_grad():
-        dense.weight.copy_(kronecker_sum(ours.A.double(), ours.F.double()))
-        dense.bias.copy_(ours.bias)
-    layers = {"ours": ours, "dense": dense, "published": PublishedPHConv2d(ours.A, ours.F, ours.bias, PADDING)}
+    H = kronecker_sum(ours.A.double(), ours.F.double())
+    dense = dense_conv2d(H, ours.bias, PADDING, FORMATS[layout])
+    conv2d = functools.partial(nn.functional.conv2d, padding=PADDING)
+    layers = {"ours": ours, "dense": dense, "published": PublishedLayer(conv2d, ours.A, ours.F, ours.bias)}
     x, grad_output = (
         torch.randn(BATCH, channels, size, size, device=device).contiguous(memory_format=FORMATS[layout])
         for _ in range(2)
@@ -44,10 +43,11 @@ def test_phc_conv2d(
         rivals = {name: forward_backward(layer, x, grad_output) for name, layer in layers.items()}
     else:
         rivals = {name: forward(layer, x) for name, layer in layers.items()}
-    conv2d = functools.partial(nn.functional.conv2d, padding=PADDING)
     expected = expected_results(conv2d, ours, x, grad_output if backward else None)
     row = {
         "layer": f"conv2d {channels}ch {size}x{size} B={BATCH} {layout}",
+        "n": N,
+        "rank": None,
         "pass": "forward+backward" if backward else "forward",
         "dtype": "float32",
     }

@@ -19,9 +19,12 @@ import phydi_kernels
 from phydi_kernels.kernels import cpu
 
 RESULTS = Path(__file__).resolve().parent / "results" / "cpu.json"
-PLANS = ("stream", "mix", "panel")
+# Columns of further rivals, as ratios to the dense layer; rows without one of them have an empty cell.
+RIVALS = ("published", "prepacked", "learned A", "dense folded", "stream", "mix", "panel")
 HEADER = (
-    "layer, n = 4",
+    "layer",
+    "n",
+    "algebra",
     "pass",
     "dtype",
     "threads",
@@ -30,10 +33,13 @@ HEADER = (
     "ours/dense",
     "quartiles",
     "asked",
-    "published/dense",
-    *PLANS,
+    *RIVALS,
 )
-LEFT_ALIGNED = ("layer, n = 4", "pass", "dtype", "asked")
+LEFT_ALIGNED = ("layer", "algebra", "pass", "dtype", "asked")
+# The README's tables: a row for each layer, n and algebra, whose cells are ratios at one thread.
+DTYPES = ("float32", "bfloat16")
+PASSES = {"forward": "Inference", "forward+backward": "Training step"}
+KINDS = ("linear", "conv2d", "PHResNet18")
 
 
 def summary(times: Mapping[str, Sequence[float]]) -> dict[str, Any]:
@@ -78,22 +84,41 @@ def text(results: Mapping[str, Any]) -> str:
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     align = [str.ljust if name in LEFT_ALIGNED else str.rjust for name in HEADER]
     aligned = ["  ".join(fit(cell, w) for fit, cell, w in zip(align, row, widths, strict=True)) for row in cells]
-    return "\n".join([_machine_line(results), *(row.rstrip() for row in aligned)])
+    return "\n".join([machine_line(results), *(row.rstrip() for row in aligned)])
 
 
 def markdown(results: Mapping[str, Any]) -> str:
-    """The README's table: times over the dense layer's at one thread, and the machine line."""
-    rows = [row for row in results["rows"] if row["threads"] == 1]
-    rows.sort(key=lambda row: row["layer"].startswith("conv"))
-    lines = ["| layer, n = 4 | pass | dtype | ours / dense | published / dense |", "|---|---|---|---|---|"]
-    for row in rows:
-        ratio = row["ratio"]
-        cells = (row["layer"], row["pass"], row["dtype"], f"**{ratio['ours']:.2f}**", f"{ratio['published']:.2f}")
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, "", _machine_line({**results, "rows": rows})])
+    """The README's tables: times over the dense layer's at one thread, and the machine line."""
+    single = [row for row in results["rows"] if row["threads"] == 1]
+
+    def tables(factored: bool) -> list[str]:
+        some = [row for row in single if (row["rank"] is not None) is factored]
+        return [_pivot([row for row in some if row["pass"] == name], title) for name, title in PASSES.items()]
+
+    details = ["<details><summary>Layers that learn A, as they are</summary>", *tables(False), "</details>"]
+    return "\n\n".join([*tables(True), *details, machine_line({**results, "rows": single})])
 
 
-def _machine_line(results: Mapping[str, Any]) -> str:
+def _pivot(rows: Sequence[Mapping[str, Any]], title: str) -> str:
+    """A table with the dtypes side by side, convolutions after linear layers, networks last."""
+    groups: dict[tuple[str, ...], dict[str, Mapping[str, Any]]] = {}
+    for row in sorted(rows, key=lambda row: KINDS.index(row["layer"].split()[0])):
+        groups.setdefault((row["layer"], str(row["n"]), _algebra(row)), {})[row["dtype"]] = row
+    columns = [f"ours, {dtype}" for dtype in DTYPES] + [f"published, {dtype}" for dtype in DTYPES]
+    lines = [f"| {title} | n | algebra | {' | '.join(columns)} |", "|---|---|---|" + "--:|" * len(columns)]
+    for key, by_dtype in groups.items():
+        ratios = [by_dtype[dtype]["ratio"] if dtype in by_dtype else {} for dtype in DTYPES]
+        ours = [f"**{ratio['ours']:.2f}**" if ratio else "" for ratio in ratios]
+        published = [f"{ratio['published']:.2f}" if "published" in ratio else "" for ratio in ratios]
+        lines.append(f"| {' | '.join([*key, *ours, *published])} |")
+    return "\n".join(lines)
+
+
+def _algebra(row: Mapping[str, Any]) -> str:
+    return "A" if row["rank"] is None else f"R = {row['rank']}"
+
+
+def machine_line(results: Mapping[str, Any]) -> str:
     facts, threads = results["machine"], sorted({row["threads"] for row in results["rows"]})
     return " | ".join(
         [
@@ -113,6 +138,8 @@ def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
     low, high = row["ours_quartiles"]
     return (
         row["layer"],
+        str(row["n"]),
+        _algebra(row),
         row["pass"],
         row["dtype"],
         str(row["threads"]),
@@ -121,8 +148,7 @@ def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
         f"{ratio['ours']:.2f}",
         f"{low:.2f}-{high:.2f}",
         _asked(row),
-        f"{ratio['published']:.2f}",
-        *(f"{ratio[plan]:.2f}" if plan in ratio else "" for plan in PLANS),
+        *(f"{ratio[name]:.2f}" if name in ratio else "" for name in RIVALS),
     )
 
 
@@ -145,9 +171,24 @@ def save(results: Mapping[str, Any], path: Path) -> None:
     path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
+def write_into(readme: Path, command: str, markdown: str) -> None:
+    """Puts what ``command`` prints between the marks that name it."""
+    begin, end = f"<!-- {command} -->\n", "<!-- end -->"
+    before, _, rest = readme.read_text(encoding="utf-8").partition(begin)
+    _, found, after = rest.partition(end)
+    if not found:
+        raise ValueError(f"{readme} has no lines {begin.strip()!r} and {end!r}")
+    readme.write_text(f"{before}{begin}{markdown}\n{end}{after}", encoding="utf-8")
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("file", nargs="?", type=Path, default=RESULTS, help="results file (default: results/cpu.json)")
-    parser.add_argument("--markdown", action="store_true", help="the README's table")
+    parser.add_argument("--markdown", action="store_true", help="the README's tables")
+    parser.add_argument("--write", type=Path, metavar="README", help="put the README's tables into this file")
     args = parser.parse_args()
-    print((markdown if args.markdown else text)(json.loads(args.file.read_text(encoding="utf-8"))))
+    found = json.loads(args.file.read_text(encoding="utf-8"))
+    if args.write:
+        write_into(args.write, "python benchmarks/report.py --markdown", markdown(found))
+    else:
+        print((markdown if args.markdown else text)(found))

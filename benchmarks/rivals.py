@@ -46,15 +46,18 @@ def expected_results(
 ) -> dict[str, Tensor]:
     """Output and gradients of ``dense(x, H, bias)`` in float64, H formed whole from the parameters of ``layer``.
 
-    ``weight`` is the gradient of H, which is the dense layer's weight.
+    ``weight`` is the gradient of H, which is the dense layer's weight; those of U, V and W come with that of A, the
+    published layer's, where ``layer`` has them in its place.
     """
-    x, A, F, bias = (t.detach().double().requires_grad_() for t in (x, layer.A, layer.F, layer.bias))
+    inputs = {"x": x, **dict(layer.named_parameters())}
+    inputs = {name: t.detach().double().requires_grad_() for name, t in inputs.items()}
     with torch.set_grad_enabled(grad_output is not None):
-        H = kronecker_sum(A, F)
-        y = dense(x, H, bias)
+        if "A" not in inputs:
+            inputs["A"] = torch.einsum("ri,rk,rl->ikl", *(inputs[name] for name in ("U", "V", "W")))
+        inputs["weight"] = kronecker_sum(inputs["A"], inputs["F"])
+        y = dense(inputs["x"], inputs["weight"], inputs["bias"])
     if grad_output is None:
         return {"output": y}
-    inputs = {"x": x, "A": A, "F": F, "weight": H, "bias": bias}
     return dict(zip(inputs, torch.autograd.grad(y, tuple(inputs.values()), grad_output.double()), strict=True))
 
 
@@ -79,7 +82,12 @@ def synchronize(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
-def paired_times(rivals: Mapping[str, Rival], device: torch.device) -> tuple[dict[str, list[float]], dict[str, int]]:
+def paired_times(
+    rivals: Mapping[str, Rival],
+    device: torch.device,
+    seconds: float = SECONDS_PER_CASE,
+    min_rounds: int = MIN_ROUNDS,
+) -> tuple[dict[str, list[float]], dict[str, int]]:
     """Seconds of one call, a list of rounds for each rival; and how many calls a turn had.
 
     In each round every rival has one turn, in an order drawn anew: a slow moment of the machine meets all of them, and
@@ -105,8 +113,8 @@ def paired_times(rivals: Mapping[str, Rival], device: torch.device) -> tuple[dic
     gc.collect()
     gc.disable()
     try:
-        end = time.perf_counter() + SECONDS_PER_CASE
-        while len(times[order[0]]) < MIN_ROUNDS or time.perf_counter() < end:
+        end = time.perf_counter() + seconds
+        while len(times[order[0]]) < min_rounds or time.perf_counter() < end:
             shuffle(order)
             for name in order:
                 times[name].append(turn(rivals[name].call, calls[name]))

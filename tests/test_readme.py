@@ -7,14 +7,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def test_benchmark_table_is_the_one_of_the_results_file():
-    command = [sys.executable, ROOT / "benchmarks" / "report.py", "--markdown"]
-    table = subprocess.check_output(command, text=True)
+@pytest.mark.parametrize("program", ("report.py", "grid.py"))
+def test_benchmark_tables_are_those_of_the_results_files(program):
+    table = subprocess.check_output([sys.executable, ROOT / "benchmarks" / program, "--markdown"], text=True)
     shown = re.search(
-        r"<!-- python benchmarks/report.py --markdown -->\n(.*?)<!-- end -->",
+        rf"<!-- python benchmarks/{program} --markdown -->\n(.*?)<!-- end -->",
         (ROOT / "README.md").read_text(),
         re.DOTALL,
     )

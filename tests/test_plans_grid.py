@@ -1,0 +1,57 @@
+"""plans.py against the times that benchmarks/grid.py recorded of each plan."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+TERMS, FEATURES, BATCHES, DTYPES = (
+    (2, 4, 8),
+    (256, 512, 1024, 2048, 4096),
+    tuple(2**k for k in range(13)),
+    ("float32", "bfloat16"),
+)
+
+
+@pytest.fixture(scope="module")
+def grid() -> ModuleType:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", [str(BENCHMARKS), *sys.path])
+        import grid
+
+        return grid
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[dict[str, Any]]:
+    """The grid at one thread."""
+    recorded = json.loads((BENCHMARKS / "results" / "grid.json").read_text())["rows"]
+    return [row for row in recorded if row["threads"] == 1]
+
+
+def test_grid_is_complete(rows):
+    points = Counter((row["n"], row["features"], row["batch"], row["dtype"]) for row in rows)
+    assert points == Counter(itertools.product(TERMS, FEATURES, BATCHES, DTYPES))
+
+
+@pytest.mark.parametrize("prepacked", (False, True), ids=("F", "F-hat"))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", TERMS)
+def test_chosen_plan_is_within_15_percent_of_the_best(n, dtype, prepacked, grid, rows):
+    """Or within two microseconds of it, which is what a call from Python varies by."""
+    some = [row for row in rows if row["n"] == n and row["dtype"] == dtype]
+    behind = {}
+    for row in some:
+        ratios = grid.plan_ratios(row, prepacked)
+        chosen, best = ratios[grid.chosen_plan(row, prepacked)], min(ratios.values())
+        if chosen > 1.15 * best and (chosen - best) * row["dense_seconds"] > 2e-6:
+            behind[row["features"], row["batch"]] = chosen / best
+    assert behind == {}
