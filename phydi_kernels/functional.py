@@ -391,7 +391,7 @@ def _is_wider(residual: Any, x: Tensor) -> bool:
     )
 
 
-def _add_wider(residual: Tensor, y: Tensor) -> Tensor:
+def _add_wider(residual: Any, y: Tensor) -> Tensor:
     """The residual that autocast leaves in its own dtype."""
     _check_residual(residual, y.shape)
     return residual + y
