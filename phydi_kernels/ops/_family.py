@@ -72,11 +72,24 @@ class Operator(NamedTuple):
     on_cpu: Callable[..., Tensor]
 
 
+def _without_autocast(implementation: Callable) -> Callable:
+    """Autocast would reach into an operator that runs inside it, as a backward may."""
+
+    def run(*args: Any) -> Any:
+        device = args[0].device.type
+        if device == "meta" or not torch.is_autocast_enabled(device):
+            return implementation(*args)
+        with torch.autocast(device, enabled=False):
+            return implementation(*args)
+
+    return run
+
+
 def define(schema: str, implementation: Callable, cpu: Callable, fake: Callable) -> Any:
     """Defines ``phydi::<schema>``: ``cpu`` on CPU tensors, ``implementation`` on every other device."""
     name = LIB.define(schema)
-    LIB.impl(name, implementation, "CompositeExplicitAutograd")
-    LIB.impl(name, cpu, "CPU")
+    LIB.impl(name, _without_autocast(implementation), "CompositeExplicitAutograd")
+    LIB.impl(name, _without_autocast(cpu), "CPU")
     torch.library.register_fake(f"phydi::{name}", fake, lib=LIB)
     return getattr(torch.ops.phydi, name).default
 
