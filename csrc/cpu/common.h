@@ -71,6 +71,12 @@ inline void copy_row(const In* row, Out* out, int64_t count) {
     store_some(out + s, load_some(row + s, count - s), count - s);
 }
 
+// max(h, 0), and NaN of NaN, as torch.relu.
+template <class T>
+inline Vec<T> rectified(Vec<T> h) {
+  return h < Vec<T>{} ? Vec<T>{} : h;
+}
+
 // y = residual + alpha * act(v + bias) on `count` contiguous elements; null bias and residual are left out, and
 // `alphas` take the place of alpha unless null.
 template <class In>
@@ -79,8 +85,7 @@ void finish(const Compute<In>* v, const In* bias, const In* residual, Compute<In
   using T = Compute<In>;
   const auto on_vector = [&](int64_t j, Vec<T> h, const auto& at) __attribute__((always_inline)) {
     if (bias) h += at(bias + j);
-    // Written so that NaN passes, as in torch.relu.
-    if (relu) h = h < Vec<T>{} ? Vec<T>{} : h;
+    if (relu) h = rectified<T>(h);
     h *= alphas ? at(alphas + j) : splat(alpha);
     if (residual) h += at(residual + j);
     return h;

@@ -112,15 +112,20 @@ Threads threads() {
           }};
 }
 
+// A dispatcher call costs a microsecond: made only where there is something to copy or to convert.
+Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
+// In the compute type of `like`, contiguous.
+Tensor in_compute_type(const Tensor& t, const Tensor& like) {
+  const ScalarType type = compute_type(like);
+  return dense(t.scalar_type() == type ? t : torch::stable::to(t, type));
+}
+
 // A in the compute type, contiguous; the tensor keeps the memory alive.
 struct AlgebraTensor {
   Tensor values;
 
-  explicit AlgebraTensor(const Tensor& A) : values(A) {
-    // A dispatcher call costs a microsecond: made only where there is something to convert.
-    if (A.scalar_type() != compute_type(A)) values = torch::stable::to(values, compute_type(A));
-    if (!values.is_contiguous()) values = torch::stable::contiguous(values);
-  }
+  explicit AlgebraTensor(const Tensor& A) : values(in_compute_type(A, A)) {}
 
   Algebra view() const { return {values.const_data_ptr(), values.size(0), values.size(1), values.size(2)}; }
 };
@@ -131,8 +136,8 @@ struct FactorTensors {
   Tensor V, W;
 
   FactorTensors(const std::optional<Tensor>& u, const Tensor& v, const Tensor& w, const Tensor& F)
-      : V(compute(v, F)), W(compute(w, F)) {
-    if (u) U = compute(*u, F);
+      : V(in_compute_type(v, F)), W(in_compute_type(w, F)) {
+    if (u) U = in_compute_type(*u, F);
   }
 
   Factors view() const {
@@ -144,12 +149,6 @@ struct FactorTensors {
             U ? U->size(1) : R,
             V.size(1),
             W.size(1)};
-  }
-
- private:
-  static Tensor compute(const Tensor& t, const Tensor& F) {
-    const Tensor values = t.scalar_type() == compute_type(F) ? t : torch::stable::to(t, compute_type(F));
-    return values.is_contiguous() ? values : torch::stable::contiguous(values);
   }
 };
 
@@ -287,7 +286,7 @@ struct EpilogueTensors {
     view = {nullptr, {nullptr, 0}, 1.0, nullptr, relu, y.mutable_data_ptr()};
     if (bias_) {
       check_width(*bias_, y, width);
-      bias = bias_->is_contiguous() ? *bias_ : torch::stable::contiguous(*bias_);
+      bias = dense(*bias_);
       view.bias = bias->const_data_ptr();
     }
     if (residual_) {
@@ -297,7 +296,7 @@ struct EpilogueTensors {
     }
     if (alpha && alpha->numel() > 1) {
       check_width(*alpha, y, width);
-      alphas = alpha->is_contiguous() ? *alpha : torch::stable::contiguous(*alpha);
+      alphas = dense(*alpha);
       view.alphas = alphas->const_data_ptr();
     } else if (alpha) {
       check_numel(*alpha, y, 1);
@@ -424,7 +423,7 @@ struct FlatWeights {
   Tensor values;
   Weights view;
 
-  explicit FlatWeights(const Tensor& F) : values(torch::stable::contiguous(F)) {
+  explicit FlatWeights(const Tensor& F) : values(dense(F)) {
     const int64_t n = F.size(0), p = F.size(1), q = F.numel() / (n * p);
     view = {values.const_data_ptr(), p, q, p * q, q, 1};
   }
@@ -447,10 +446,10 @@ std::tuple<Tensor, Tensor> kron_sum_grad(Tensor G, Tensor A, Tensor F) {
   check_numel(G, F, A.size(1) * A.size(2) * (F.numel() / F.size(0)));
   const AlgebraTensor algebra(A);
   const FlatWeights weights(F);
-  const Tensor dense = torch::stable::contiguous(G);
+  const Tensor values = dense(G);
   Tensor dA = torch::stable::new_empty(algebra.values, algebra.values.sizes());
   Tensor dF = torch::stable::new_empty(F, F.sizes(), compute_type(F));
-  kernels().kron_sum_grad(dtype_of(F), dense.const_data_ptr(), algebra.view(), weights.view, dA.mutable_data_ptr(),
+  kernels().kron_sum_grad(dtype_of(F), values.const_data_ptr(), algebra.view(), weights.view, dA.mutable_data_ptr(),
                           dF.mutable_data_ptr(), threads());
   return {dA, dF};
 }
@@ -460,11 +459,11 @@ Tensor mix(Tensor x, Tensor A) {
                       (A.scalar_type() == x.scalar_type() || A.scalar_type() == compute_type(x)),
                   "phydi_cpu: mix takes x (B, C, Q, inner) and A (n, P, Q) of one dtype; A may have the compute type");
   const AlgebraTensor algebra(A);
-  const Tensor dense = torch::stable::contiguous(x);
+  const Tensor values = dense(x);
   const int64_t B = x.size(0), C = x.size(1), inner = x.size(3);
   Tensor out = torch::stable::new_empty(x, {B, A.size(1), C, A.size(0), inner});
   if (out.numel() == 0) return out;
-  kernels().mix(dtype_of(x), B, C, inner, dense.const_data_ptr(), algebra.view(), out.mutable_data_ptr(), threads());
+  kernels().mix(dtype_of(x), B, C, inner, values.const_data_ptr(), algebra.view(), out.mutable_data_ptr(), threads());
   return out;
 }
 
@@ -504,12 +503,12 @@ struct ChannelEpilogueTensors {
     view = {nullptr, nullptr, alpha_ && alpha_->numel() == 1, nullptr, relu};
     if (bias_) {
       check_numel(*bias_, y, channels);
-      bias = torch::stable::contiguous(torch::stable::to(*bias_, compute_type(y)));
+      bias = in_compute_type(*bias_, y);
       view.bias = bias->const_data_ptr();
     }
     if (alpha_) {
       check_numel(*alpha_, y, view.one_alpha ? 1 : channels);
-      alpha = torch::stable::contiguous(torch::stable::to(*alpha_, compute_type(y)));
+      alpha = in_compute_type(*alpha_, y);
       view.alpha = alpha->const_data_ptr();
     }
     if (residual) {

@@ -173,14 +173,6 @@ void tile_to_rows(const In* planes, int64_t stride, int64_t pixels, int64_t chan
   }
 }
 
-// Pointers to `blocks` blocks of channels, `step` entries apart.
-template <class In>
-std::vector<In*> block_pointers(In* first, int64_t blocks, int64_t step) {
-  std::vector<In*> pointers(blocks);
-  for (int64_t b = 0; b < blocks; ++b) pointers[b] = first + b * step;
-  return pointers;
-}
-
 template <class T>
 std::vector<T*> typed(void* const* pointers, int64_t count) {
   std::vector<T*> result(count);
@@ -232,21 +224,17 @@ struct Finish {
 
   Vec<T> along_channels(Vec<T> h, int64_t channel, int64_t at, int64_t some) const {
     if (bias) h += load_some(bias + channel, some);
-    h = activated(h);
+    if (relu) h = rectified<T>(h);
     if (alpha) h *= one_alpha ? splat(*alpha) : load_some(alpha + channel, some);
     return residual ? h + load_some(residual + at, some) : h;
   }
 
   Vec<T> along_pixels(Vec<T> h, int64_t channel, int64_t at, int64_t some) const {
     if (bias) h += bias[channel];
-    h = activated(h);
+    if (relu) h = rectified<T>(h);
     if (alpha) h *= alpha[one_alpha ? 0 : channel];
     return residual ? h + load_some(residual + at, some) : h;
   }
-
- private:
-  // Written so that NaN passes, as in torch.relu.
-  Vec<T> activated(Vec<T> h) const { return relu ? (h < Vec<T>{} ? Vec<T>{} : h) : h; }
 };
 
 template <class In>
@@ -291,41 +279,6 @@ void post_add_blocks(const Image& y, void* const* parts, const Matrix& V, const 
   });
 }
 
-// total[r * Q + l] += sum over rows of parts_r * x_l, lane by lane.
-template <class X, class In, class T>
-void add_products(int64_t rows, int64_t width, const X* const* x, int64_t x_offset, int64_t x_stride, int64_t Q,
-                  const In* const* parts, int64_t offset, int64_t stride, int64_t R, Vec<T>* total) {
-  constexpr int kSide = 4;
-  for (int64_t l = 0; l < Q; l += kSide) {
-    for (int64_t r = 0; r < R; r += kSide) {
-      // The last block and term are repeated where there are fewer; these sums are not read.
-      const X* a[kSide];
-      const In* b[kSide];
-      for (int64_t j = 0; j < kSide; ++j) {
-        a[j] = x[std::min(l + j, Q - 1)] + x_offset;
-        b[j] = parts[std::min(r + j, R - 1)] + offset;
-      }
-      Vec<T> sums[kSide][kSide] = {};
-      for (int64_t m = 0; m < rows; ++m) {
-        for (int64_t s = 0; s < width; s += kLanes<T>) {
-          const int64_t some = width - s;
-          Vec<T> v[kSide];
-#pragma GCC unroll 4
-          for (int j = 0; j < kSide; ++j) v[j] = load_some(a[j] + m * x_stride + s, some);
-#pragma GCC unroll 4
-          for (int t = 0; t < kSide; ++t) {
-            const Vec<T> part = load_some(b[t] + m * stride + s, some);
-#pragma GCC unroll 4
-            for (int j = 0; j < kSide; ++j) sums[t][j] += part * v[j];
-          }
-        }
-      }
-      for (int64_t t = 0; t < std::min<int64_t>(kSide, R - r); ++t)
-        for (int64_t j = 0; j < std::min<int64_t>(kSide, Q - l); ++j) total[(r + t) * Q + l + j] += sums[t][j];
-    }
-  }
-}
-
 template <class In>
 void dot_blocks(const Image& x, void* const* parts, int64_t R, int64_t Q, void* out, const Threads& threads) {
   using T = Compute<In>;
@@ -340,8 +293,8 @@ void dot_blocks(const Image& x, void* const* parts, int64_t R, int64_t Q, void* 
     const auto inputs = block_pointers(from, Q, q);
     const int64_t some = std::clamp<int64_t>(8192 / ((Q + R) * q), 1, 64);
     each_range(rows, some, kShares, threads, [&](int64_t task, int64_t first, int64_t count) {
-      add_products<In, In, T>(count, q, inputs.data(), first * Q * q, Q * q, Q, terms.data(), first * q, q, R,
-                              partial.get() + task * R * Q);
+      add_products<In, In>(count, q, {inputs.data(), Q, first * Q * q, Q * q}, {terms.data(), R, first * q, q},
+                           partial.get() + task * R * Q);
     });
   } else {
     const int64_t size = kTilePixels * kLanes<T>;
@@ -352,8 +305,9 @@ void dot_blocks(const Image& x, void* const* parts, int64_t R, int64_t Q, void* 
         tile_to_rows(from + (t.image * x.channels + l * q + t.channel) * x.pixels + t.pixel, x.pixels, t.pixels,
                      t.channels, mine + l * size);
       const auto inputs = block_pointers(static_cast<const T*>(mine), Q, size);
-      add_products<T, In, T>(t.pixels, t.channels, inputs.data(), 0, kLanes<T>, Q, terms.data(),
-                             (t.image * x.pixels + t.pixel) * q + t.channel, q, R, partial.get() + task * R * Q);
+      const int64_t offset = (t.image * x.pixels + t.pixel) * q + t.channel;
+      add_products<T, In>(t.pixels, t.channels, {inputs.data(), Q, 0, kLanes<T>}, {terms.data(), R, offset, q},
+                          partial.get() + task * R * Q);
     });
   }
   T* dots = static_cast<T*>(out);

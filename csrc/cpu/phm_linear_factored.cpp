@@ -264,61 +264,16 @@ void combine_products(const T* products, int64_t product_stride, const T* weight
   }
 }
 
-// dots[r][o] += sum over rows and columns of products[r][row][column] * other[row][o * width + column].
-template <class In>
+// A matrix whose rows' blocks, `width` entries each, are multiplied with the products.
 struct Dots {
-  using T = Compute<In>;
-  static constexpr int64_t kSide = 4;
   Rows other;
-  int64_t width, outputs;
-
-  void add(const T* products, int64_t product_stride, int64_t terms, int64_t row, int64_t rows, int64_t column,
-           int64_t columns, Vec<T>* dots) const {
-    const In* from = static_cast<const In*>(other.data) + row * other.stride + column;
-    for (int64_t r = 0; r < terms; r += kSide)
-      for (int64_t o = 0; o < outputs; o += kSide)
-        columns == kStrip<T> ? square<true>(products, product_stride, terms, r, o, from, rows, columns, dots)
-                             : square<false>(products, product_stride, terms, r, o, from, rows, columns, dots);
-  }
-
- private:
-  // Ranks from r and outputs from o on; those past the last repeat it and are dropped.
-  template <bool whole>
-  void square(const T* products, int64_t product_stride, int64_t terms, int64_t r, int64_t o, const In* from,
-              int64_t rows, int64_t columns, Vec<T>* dots) const {
-    const T* product[kSide];
-    const In* y[kSide];
-    for (int64_t h = 0; h < kSide; ++h) {
-      product[h] = products + std::min(r + h, terms - 1) * product_stride;
-      y[h] = from + std::min(o + h, outputs - 1) * width;
-    }
-    Vec<T> total[kSide][kSide] = {};
-    for (int64_t m = 0; m < rows; ++m) {
-      for (int64_t v = 0; v < columns; v += kLanes<T>) {
-        Vec<T> ys[kSide];
-#pragma GCC unroll 4
-        for (int64_t h = 0; h < kSide; ++h) {
-          const In* at = y[h] + m * other.stride + v;
-          ys[h] = whole ? load(at) : load_some(at, columns - v);
-        }
-#pragma GCC unroll 4
-        for (int64_t g = 0; g < kSide; ++g) {
-          const T* at = product[g] + m * kStrip<T> + v;
-          const Vec<T> p = whole ? load(at) : load_some(at, columns - v);
-#pragma GCC unroll 4
-          for (int64_t h = 0; h < kSide; ++h) total[g][h] += p * ys[h];
-        }
-      }
-    }
-    for (int64_t g = 0; g < std::min(kSide, terms - r); ++g)
-      for (int64_t h = 0; h < std::min(kSide, outputs - o); ++h) dots[(r + g) * outputs + o + h] += total[g][h];
-  }
+  int64_t width;
 };
 
 // The R products, combined into `output` and multiplied with `dots` into dout (R, outputs), where these are not null.
 template <class In>
-void multiply_ranks(int64_t rows, const Ranks<In>& op, const Output<In>* output, const Dots<In>* dots,
-                    Compute<In>* dout, const Threads& threads) {
+void multiply_ranks(int64_t rows, const Ranks<In>& op, const Output<In>* output, const Dots* dots, Compute<In>* dout,
+                    const Threads& threads) {
   using T = Compute<In>;
   const int64_t R = op.R, outputs = op.outputs, depth = op.depth();
   const int64_t strips = ceil_div(op.p, kStrip<T>), strip_size = R * depth * kStrip<T>;
@@ -353,9 +308,13 @@ void multiply_ranks(int64_t rows, const Ranks<In>& op, const Output<In>* output,
   const auto combine_strip = [&](int64_t first, int64_t last, int64_t row, int64_t count, int64_t strip, int64_t worker,
                                  const T* products, T* results) {
     const int64_t column = strip * kStrip<T>, width = std::min<int64_t>(op.p - column, kStrip<T>);
-    if (dots)
-      dots->add(products, product_stride, last - first, row, count, column, width,
-                sums.get() + (worker * R + first) * outputs);
+    if (dots) {
+      const auto others = block_pointers(static_cast<const In*>(dots->other.data), outputs, dots->width);
+      const auto parts = block_pointers(products, last - first, product_stride);
+      const int64_t stride = dots->other.stride;
+      add_products<In, T>(count, width, {others.data(), outputs, row * stride + column, stride},
+                          {parts.data(), last - first, 0, kStrip<T>}, sums.get() + (worker * R + first) * outputs);
+    }
     if (!output) return;
     combine_products(products, product_stride, op.out + first * outputs, last - first, outputs, count, first == 0,
                      results);
@@ -427,11 +386,8 @@ void multiply_ranks(int64_t rows, const Ranks<In>& op, const Output<In>* output,
     }
   }
   if (!dots) return;
-  for (int64_t e = 0; e < R * outputs; ++e) {
-    Vec<T> total{};
-    for (int64_t worker = 0; worker < workers; ++worker) total += sums.get()[worker * R * outputs + e];
-    dout[e] = sum<T>(total);
-  }
+  std::fill(dout, dout + R * outputs, T(0));
+  add_shares<T>(sums.get(), workers, R * outputs, dout);
 }
 
 template <class In>
@@ -524,14 +480,14 @@ void gradients(int64_t rows, Rows grad, Rows x, const Factors& f, const Weights&
                void* dW, void* dF, const Threads& threads) {
   using T = Compute<In>;
   // dV[r,k] = <grad_k, F-hat_r x-hat_r>.
-  const Dots<In> with_grad{grad, w.p, f.P};
+  const Dots with_grad{grad, w.p};
   multiply_ranks<In>(rows, forward_ranks<In>(x, f, w), nullptr, &with_grad, static_cast<T*>(dV), threads);
   // dx_l = sum_r W[r,l] t_r and dW[r,l] = <x_l, t_r> with t_r = F-hat_r^T g-hat_r.
   const Factors exchanged{f.U, f.W, f.V, f.R, f.n, f.Q, f.P};
   const Weights transposed{w.data, w.q, w.p, w.stride_i, w.stride_s, w.stride_r};
   const Epilogue epilogue{nullptr, {nullptr, 0}, 1.0, nullptr, false, dx};
   const Output<In> output{epilogue, f.Q, w.q};
-  const Dots<In> with_x{x, w.q, f.Q};
+  const Dots with_x{x, w.q};
   multiply_ranks<In>(rows, forward_ranks<In>(grad, exchanged, transposed), &output, &with_x, static_cast<T*>(dW),
                      threads);
   weights_grad<In>(rows, grad, x, f, w, dU, dF, threads);

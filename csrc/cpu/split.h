@@ -1,7 +1,7 @@
 // The split of a dense gradient into those of the algebra and the weights.
 #pragma once
 
-#include "common.h"
+#include "dots.h"
 
 namespace phydi {
 namespace {
@@ -54,16 +54,6 @@ struct Split {
     if (s < width) block<false, terms>(first, r, s, width - s, dA);
   }
 };
-
-// Adds every task's share of dA in a fixed order, so that the result does not depend on scheduling.
-template <class T>
-void add_shares(const Vec<T>* shares, int64_t count, int64_t entries, T* dA) {
-  for (int64_t e = 0; e < entries; ++e) {
-    Vec<T> total{};
-    for (int64_t c = 0; c < count; ++c) total += shares[c * entries + e];
-    dA[e] += sum<T>(total);
-  }
-}
 
 // Terms [first, first + terms) of rows r < p and columns s < width; dA is added to.
 template <int terms, class S, class T>
