@@ -128,22 +128,23 @@ def _linear(
     alpha: Tensor | None,
     activation: str,
 ) -> Tensor:
+    wider = None  # a residual that autocast leaves in its own dtype
     if _autocast_enabled(x):
         x, algebra, F, bias, alpha = _autocast(x, algebra, F, bias, alpha)
-        wider = _is_wider(residual, x)
-        with torch.autocast(x.device.type, enabled=False):  # or it would reach into the operator
-            y = _linear(op, x, algebra, F, bias, None if wider else residual, alpha, activation)
-        return _add_wider(residual, y) if wider else y
+        if _is_wider(residual, x):
+            wider, residual = residual, None
     out_features, in_features, plain = _check(x, algebra, F, bias, residual, alpha, activation, spatial=0)
     shape = x.shape
     if not shape or shape[-1] != in_features:
         raise ValueError(
             f"x has shape {tuple(shape)}; its last dimension must be Q*q = {in_features} for {_shapes(algebra, F)}"
         )
-    if residual is not None:
-        _check_residual(residual, (*shape[:-1], out_features))
+    given = residual if wider is None else wider
+    if given is not None:
+        _check_residual(given, (*shape[:-1], out_features))
     call = op.on_cpu if plain and may_skip_dispatch() else op.dispatched
-    return call(x, *algebra.values(), F, bias, residual, alpha, activation)
+    y = call(x, *algebra.values(), F, bias, residual, alpha, activation)
+    return y if wider is None else wider + y
 
 
 def phc_conv1d(
@@ -320,13 +321,11 @@ def _conv(
     alpha: Tensor | None,
     activation: str,
 ) -> Tensor:
+    wider = None  # a residual that autocast leaves in its own dtype
     if _autocast_enabled(x):
         x, algebra, F, bias, alpha = _autocast(x, algebra, F, bias, alpha)
-        wider = _is_wider(residual, x)
-        geometry = (stride, padding, dilation)
-        with torch.autocast(x.device.type, enabled=False):  # or it would reach into the operator
-            y = _conv(d, op, x, algebra, F, bias, *geometry, None if wider else residual, alpha, activation)
-        return _add_wider(residual, y) if wider else y
+        if _is_wider(residual, x):
+            wider, residual = residual, None
     out_channels, channels, _ = _check(x, algebra, F, bias, residual, alpha, activation, spatial=d)
     if x.dim() not in (d + 1, d + 2) or x.shape[-d - 1] != channels:
         raise ValueError(
@@ -349,14 +348,16 @@ def _conv(
             f"x of spatial size {tuple(x.shape[-d:])} with padding {tuple(padding)} is smaller than "
             f"the dilated kernel {tuple(e * (k - 1) + 1 for e, k in zip(dilation, kernel, strict=True))}"
         )
-    if residual is not None:
-        _check_residual(residual, (*x.shape[: -d - 1], out_channels, *size))
+    given = residual if wider is None else wider
+    if given is not None:
+        _check_residual(given, (*x.shape[: -d - 1], out_channels, *size))
     batched = x.dim() == d + 2
     if not batched:
         x = x.unsqueeze(0)
         residual = None if residual is None else residual.unsqueeze(0)
     y = op(x, *algebra.values(), F, bias, stride, padding, dilation, residual, alpha, activation)
-    return y if batched else y.squeeze(0)
+    y = y if batched else y.squeeze(0)
+    return y if wider is None else wider + y
 
 
 def _autocast_enabled(x: Tensor) -> bool:
@@ -389,12 +390,6 @@ def _is_wider(residual: Any, x: Tensor) -> bool:
         and residual.dtype != x.dtype
         and residual.device == x.device
     )
-
-
-def _add_wider(residual: Any, y: Tensor) -> Tensor:
-    """The residual that autocast leaves in its own dtype."""
-    _check_residual(residual, y.shape)
-    return residual + y
 
 
 def _check_residual(residual: Tensor, shape: Sequence[int]) -> None:

@@ -16,6 +16,7 @@ from ._dataflow import Dataflow
 from .algebra import BilinearAlgorithm, DecompositionError, decompose
 from .nn import PHConv1d, PHConv2d, PHConv3d, PHMLinear, PHYDILinear
 from .nn.factored import FactoredLayer, FactoredPHConv, FactoredPHMLinear
+from .reference import structure
 
 __all__ = ["InferenceReport", "LayerReport", "optimize_for_inference"]
 
@@ -269,7 +270,7 @@ def _worthwhile(found: BilinearAlgorithm | str, n: int) -> BilinearAlgorithm | s
 def _own_algorithm(name: str, layer: Layer) -> BilinearAlgorithm:
     """U, V and W of a layer with algebra_rank."""
     U, V, W = (_values(name, layer, key) for key in ("U", "V", "W"))
-    A = torch.einsum("ri,rk,rl->ikl", U, V, W).norm()
+    A = structure(U, V, W).norm()
     terms = (U.norm(dim=1) * V.norm(dim=1) * W.norm(dim=1)).sum()
     return BilinearAlgorithm(U, V, W, len(U), residual=0.0, growth=(terms / A).item() if terms else 0.0)
 

@@ -41,6 +41,7 @@ _BFLOAT16_PRODUCT = 0.52
 _BFLOAT16_STREAM = 1.35
 _BFLOAT16_PACK = 0.85
 _LANES = 16
+# F of at most so many entries stays in L2 while stream reads it for each group of rows.
 _STREAM_CACHED_ENTRIES = 1 << 17
 # Stream keeps its mixed rows in L2; their number is not bounded otherwise.
 _STREAM_ENTRIES = 1 << 18

@@ -14,6 +14,15 @@ from .._check import DTYPES
 from ._init import check_init, check_rank, initialize
 
 
+def apply_to_weights(fn: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
+    """fn(t), and contiguous where t is.
+
+    Module.to(memory_format=torch.channels_last) takes every tensor of four or five dimensions for images: filters are
+    passed flat, so that they move and change dtype with the rest and keep their layout.
+    """
+    return fn(t.flatten()).view(t.shape) if t.dim() > 3 else fn(t)
+
+
 class HypercomplexLayer(Module):
     """A, F, bias and kron_weights of H = sum_i w_i A_i (x) F_i; subclasses check their sizes and add the call.
 
@@ -72,9 +81,7 @@ class HypercomplexLayer(Module):
             torch.nn.init.ones_(self.kron_weights)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Module:
-        # Module.to(memory_format=torch.channels_last) takes every tensor of four or five dimensions for images: F is
-        # passed flat, so that it moves and changes dtype with the rest and stays contiguous.
-        return super()._apply(lambda t: fn(t.flatten()).view(t.shape) if t.dim() > 3 else fn(t), recurse)
+        return super()._apply(lambda t: apply_to_weights(fn, t), recurse)
 
     def structure(self) -> Tensor:
         """The structure tensor as used, (n, n, n): A, its term i multiplied by kron_weights[i] if there are any."""

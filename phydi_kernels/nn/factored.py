@@ -11,6 +11,7 @@ from torch.nn import Module, Parameter
 
 from .. import functional
 from ..reference import compute_dtype
+from ._base import apply_to_weights
 
 
 class FactoredLayer(Module):
@@ -83,10 +84,7 @@ class FactoredLayer(Module):
         factors = (self.U, self.V, self.W)
 
         def apply(t: Tensor) -> Tensor:
-            if t.dim() > 3:
-                # Module.to(memory_format=torch.channels_last) would take filters for images.
-                return fn(t.flatten()).view(t.shape)
-            moved = fn(t)
+            moved = apply_to_weights(fn, t)
             kept = compute_dtype(moved.dtype)
             return t.to(moved.device, kept) if moved.dtype != kept and any(t is f for f in factors) else moved
 

@@ -46,9 +46,10 @@ def register_autograd(library: torch.library.Library, op: Any, backward: Callabl
 
 
 def may_skip_dispatch() -> bool:
-    """Whether nothing but a kernel would see a call of an operator: no recording, transform, mode or tracing."""
+    """Whether only a kernel would see a call of an operator: no recording, autocast, transform, mode or tracing."""
     return not (
         torch.is_grad_enabled()
+        or torch.is_autocast_enabled("cpu")
         or torch.compiler.is_compiling()
         or forward_ad._current_level >= 0
         or torch._C._len_torch_dispatch_stack()

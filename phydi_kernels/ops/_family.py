@@ -39,7 +39,7 @@ class Family:
     ``geometry`` is stride, padding and dilation, or nothing for linear layers.
     """
 
-    forward: Callable[..., Tensor]
+    forward: Any
     gradients: Callable[..., tuple[Tensor | None, ...]]
     channel_dim: int
     factors: int
@@ -209,7 +209,33 @@ def like_arguments(slots: Sequence[int]) -> Callable[..., tuple[Tensor, ...]]:
     return fake
 
 
-def each_sample(op: Callable, info: Any, in_dims: Sequence[int | None], args: Sequence[Any]) -> Any:
+def register_forward_vmap(family: Family, *, fold: bool = False) -> None:
+    """vmap of a family's forward. The mapped dimension of x and residual joins the batch, as one more leading dimension
+    or folded into the first one, where the operator knows no others; with others mapped, one call a sample."""
+    forward, count = family.forward, family.factors
+
+    def vmap(info, in_dims, x, *rest):
+        # (*factors, bias, *geometry, residual, alpha, activation)
+        *others, residual, alpha, activation = rest
+        if any(d is not None for d in (*in_dims[1 : 2 + count], in_dims[-2])):
+            return _each_sample(forward, info, in_dims, (x, *rest))
+        size = info.batch_size
+        x, residual = _leading(x, in_dims[0], size), _leading(residual, in_dims[-3], size)
+        if not fold:
+            return forward(x, *others, residual, alpha, activation), 0
+        folded = None if residual is None else residual.flatten(0, 1)
+        y = forward(x.flatten(0, 1), *others, folded, alpha, activation)
+        return y.unflatten(0, (size, x.shape[1])), 0
+
+    torch.library.register_vmap(forward, vmap)
+
+
+def register_vmap_by_sample(op: Any) -> None:
+    """vmap of a gradient, whose mapped dimension does not fold into the batch."""
+    torch.library.register_vmap(op, lambda info, in_dims, *args: _each_sample(op, info, in_dims, args))
+
+
+def _each_sample(op: Callable, info: Any, in_dims: Sequence[int | None], args: Sequence[Any]) -> Any:
     """vmap over a dimension that the operator cannot fold into its batch: one call a sample, stacked at dimension 0."""
     calls = [
         # torch gives a list of integers a list of dimensions, all None.
@@ -221,7 +247,7 @@ def each_sample(op: Callable, info: Any, in_dims: Sequence[int | None], args: Se
     return torch.stack(calls), 0
 
 
-def leading(t: Tensor | None, dim: int | None, size: int) -> Tensor | None:
+def _leading(t: Tensor | None, dim: int | None, size: int) -> Tensor | None:
     """The mapped dimension of ``t`` at the front, made by expansion where ``t`` is not mapped."""
     if t is None:
         return None

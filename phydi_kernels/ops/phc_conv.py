@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
 from .. import plans, reference
@@ -12,16 +11,17 @@ from ..kernels import cpu, phc_conv
 from ._family import (
     Family,
     define,
-    each_sample,
-    leading,
     like_arguments,
     register_forward_autograd,
+    register_forward_vmap,
     register_gradients_autograd,
     register_input_grad_autograd,
+    register_vmap_by_sample,
 )
 
 
-def _pixels(x: Tensor) -> int:
+def pixels(x: Tensor) -> int:
+    """Positions of a batch of images."""
     return x.shape[0] * math.prod(x.shape[2:])
 
 
@@ -31,7 +31,7 @@ def _forward_cpu(x, A, F, bias, stride, padding, dilation, residual, alpha, acti
         return reference.phc_conv(*args)
     p, q, *kernel = F.shape[1:]
     outputs = x.shape[0] * math.prod(phc_conv.output_size(x.shape[2:], kernel, stride, padding, dilation))
-    return phc_conv.phc_conv(*args, plans.phc_conv(_pixels(x), outputs, *A.shape, p, q, math.prod(kernel)))
+    return phc_conv.phc_conv(*args, plans.phc_conv(pixels(x), outputs, *A.shape, p, q, math.prod(kernel)))
 
 
 def _input_grad_cpu(grad, A, F, input_size, stride, padding, dilation):
@@ -40,15 +40,15 @@ def _input_grad_cpu(grad, A, F, input_size, stride, padding, dilation):
         return reference.phc_conv_input_grad(*args)
     n, P, Q = A.shape
     p, q, *kernel = F.shape[1:]
-    pixels = _pixels(grad)
-    return phc_conv.phc_conv_input_grad(*args, plans.phc_conv(pixels, pixels, n, Q, P, q, p, math.prod(kernel)))
+    count = pixels(grad)
+    return phc_conv.phc_conv_input_grad(*args, plans.phc_conv(count, count, n, Q, P, q, p, math.prod(kernel)))
 
 
 def _weight_grad_cpu(*args):
     return (phc_conv if cpu.available() else reference).phc_conv_weight_grad(*args)
 
 
-def _like_input(implementation):
+def like_input(implementation):
     """The memory format of the first argument (the input, or the output's gradient) for every result of its rank."""
 
     def wrapped(x, *args):
@@ -57,14 +57,15 @@ def _like_input(implementation):
     return wrapped
 
 
+@like_input
 def _forward_fake(x, A, F, bias, stride, padding, dilation, residual, alpha, activation):
     size = phc_conv.output_size(x.shape[2:], F.shape[3:], stride, padding, dilation)
-    y = x.new_empty((x.shape[0], A.shape[1] * F.shape[1], *size))
-    return y.contiguous(memory_format=phc_conv.memory_format(x))
+    return x.new_empty((x.shape[0], A.shape[1] * F.shape[1], *size))
 
 
+@like_input
 def _input_grad_fake(grad, A, F, input_size, stride, padding, dilation):
-    return grad.new_empty(input_size).contiguous(memory_format=phc_conv.memory_format(grad))
+    return grad.new_empty(input_size)
 
 
 def _define(d: int) -> Family:
@@ -73,14 +74,14 @@ def _define(d: int) -> Family:
     forward = define(
         f"{name}(Tensor x, Tensor A, Tensor F, Tensor? bias, {geometry}, "
         "Tensor? residual, Tensor? alpha, str activation) -> Tensor",
-        _like_input(reference.phc_conv),
-        _like_input(_forward_cpu),
+        like_input(reference.phc_conv),
+        like_input(_forward_cpu),
         _forward_fake,
     )
     input_grad = define(
         f"{name}_input_grad(Tensor grad, Tensor A, Tensor F, SymInt[] input_size, {geometry}) -> Tensor",
-        _like_input(reference.phc_conv_input_grad),
-        _like_input(_input_grad_cpu),
+        like_input(reference.phc_conv_input_grad),
+        like_input(_input_grad_cpu),
         _input_grad_fake,
     )
     weight_grad = define(
@@ -99,23 +100,9 @@ def _define(d: int) -> Family:
     register_input_grad_autograd(family, input_grad)
     register_gradients_autograd(family, weight_grad, slots=(2, 3))
 
-    @torch.library.register_vmap(f"phydi::{name}")
-    def forward_vmap(info, in_dims, x, A, F, bias, stride, padding, dilation, residual, alpha, activation):
-        args = (x, A, F, bias, stride, padding, dilation, residual, alpha, activation)
-        if any(in_dims[i] is not None for i in (1, 2, 3, 8)):
-            return each_sample(forward, info, in_dims, args)
-        x = leading(x, in_dims[0], info.batch_size)
-        residual = leading(residual, in_dims[7], info.batch_size)
-        folded = None if residual is None else residual.flatten(0, 1)
-        y = forward(x.flatten(0, 1), A, F, bias, stride, padding, dilation, folded, alpha, activation)
-        return y.unflatten(0, (info.batch_size, x.shape[1])), 0
-
-    for op, suffix in ((input_grad, "_input_grad"), (weight_grad, "_weight_grad")):
-
-        @torch.library.register_vmap(f"phydi::{name}{suffix}")
-        def gradient_vmap(info, in_dims, *args, op=op):
-            return each_sample(op, info, in_dims, args)
-
+    register_forward_vmap(family, fold=True)
+    register_vmap_by_sample(input_grad)
+    register_vmap_by_sample(weight_grad)
     return family
 
 

@@ -12,17 +12,14 @@ from ..kernels.phc_conv import memory_format, output_size
 from ._family import (
     Family,
     define,
-    each_sample,
-    leading,
     like_arguments,
     register_forward_autograd,
+    register_forward_vmap,
     register_gradients_autograd,
     register_input_grad_autograd,
+    register_vmap_by_sample,
 )
-
-
-def _pixels(size):
-    return size[0] * math.prod(size[2:])
+from .phc_conv import like_input, pixels
 
 
 def _bfloat16(x):
@@ -37,7 +34,7 @@ def _forward_cpu(x, U, V, W, F, bias, stride, padding, dilation, residual, alpha
     n, p, q, *kernel = F.shape
     outputs = x.shape[0] * math.prod(output_size(x.shape[2:], kernel, stride, padding, dilation))
     taps = math.prod(kernel)
-    plan = plans.phc_conv_factored(_pixels(x.shape), outputs, n, P, Q, p, q, taps, R, _bfloat16(x))
+    plan = plans.phc_conv_factored(pixels(x), outputs, n, P, Q, p, q, taps, R, _bfloat16(x))
     return phc_conv_factored.phc_conv_factored(*args, plan)
 
 
@@ -47,7 +44,7 @@ def _input_grad_cpu(grad, U, V, W, F, input_size, stride, padding, dilation):
         return reference.phc_conv_factored_input_grad(*args)
     (R, P), Q = V.shape, W.shape[1]
     n, p, q, *kernel = F.shape
-    outputs = _pixels(grad.shape)
+    outputs = pixels(grad)
     plan = plans.phc_conv_factored(outputs, outputs, n, Q, P, q, p, math.prod(kernel), R, _bfloat16(grad))
     return phc_conv_factored.phc_conv_factored_input_grad(*args, plan)
 
@@ -58,18 +55,9 @@ def _gradients_cpu(grad, x, U, V, W, F, stride, padding, dilation):
         return reference.phc_conv_factored_grad(*args)
     (R, P), Q = V.shape, W.shape[1]
     n, p, q, *kernel = F.shape
-    pixels, outputs = _pixels(x.shape), _pixels(grad.shape)
-    plan = plans.phc_conv_factored_grad(pixels, outputs, n, P, Q, p, q, math.prod(kernel), R, _bfloat16(x))
+    taps = math.prod(kernel)
+    plan = plans.phc_conv_factored_grad(pixels(x), pixels(grad), n, P, Q, p, q, taps, R, _bfloat16(x))
     return phc_conv_factored.phc_conv_factored_grad(*args, plan)
-
-
-def _like_input(implementation):
-    """The memory format of the first argument (the input, or the output's gradient) for every result of its rank."""
-
-    def wrapped(x, *args):
-        return implementation(x, *args).contiguous(memory_format=memory_format(x))
-
-    return wrapped
 
 
 def _gradients_like_input(implementation):
@@ -82,14 +70,15 @@ def _gradients_like_input(implementation):
     return wrapped
 
 
+@like_input
 def _forward_fake(x, U, V, W, F, bias, stride, padding, dilation, residual, alpha, activation):
     size = output_size(x.shape[2:], F.shape[3:], stride, padding, dilation)
-    y = x.new_empty((x.shape[0], V.shape[1] * F.shape[1], *size))
-    return y.contiguous(memory_format=memory_format(x))
+    return x.new_empty((x.shape[0], V.shape[1] * F.shape[1], *size))
 
 
+@like_input
 def _input_grad_fake(grad, U, V, W, F, input_size, stride, padding, dilation):
-    return grad.new_empty(input_size).contiguous(memory_format=memory_format(grad))
+    return grad.new_empty(input_size)
 
 
 def _define(d: int) -> Family:
@@ -98,15 +87,15 @@ def _define(d: int) -> Family:
     forward = define(
         f"{name}(Tensor x, Tensor? U, Tensor V, Tensor W, Tensor F, Tensor? bias, {geometry}, "
         "Tensor? residual, Tensor? alpha, str activation) -> Tensor",
-        _like_input(reference.phc_conv_factored),
-        _like_input(_forward_cpu),
+        like_input(reference.phc_conv_factored),
+        like_input(_forward_cpu),
         _forward_fake,
     )
     input_grad = define(
         f"{name}_input_grad(Tensor grad, Tensor? U, Tensor V, Tensor W, Tensor F, SymInt[] input_size, {geometry}) "
         "-> Tensor",
-        _like_input(reference.phc_conv_factored_input_grad),
-        _like_input(_input_grad_cpu),
+        like_input(reference.phc_conv_factored_input_grad),
+        like_input(_input_grad_cpu),
         _input_grad_fake,
     )
     gradients = define(
@@ -130,23 +119,9 @@ def _define(d: int) -> Family:
     register_input_grad_autograd(family, input_grad)
     register_gradients_autograd(family, gradients, slots=(1, 2, 3, 4, 5))
 
-    @torch.library.register_vmap(f"phydi::{name}")
-    def forward_vmap(info, in_dims, x, U, V, W, F, bias, stride, padding, dilation, residual, alpha, activation):
-        args = (x, U, V, W, F, bias, stride, padding, dilation, residual, alpha, activation)
-        if any(in_dims[i] is not None for i in (1, 2, 3, 4, 5, 10)):
-            return each_sample(forward, info, in_dims, args)
-        x = leading(x, in_dims[0], info.batch_size)
-        residual = leading(residual, in_dims[9], info.batch_size)
-        folded = None if residual is None else residual.flatten(0, 1)
-        y = forward(x.flatten(0, 1), U, V, W, F, bias, stride, padding, dilation, folded, alpha, activation)
-        return y.unflatten(0, (info.batch_size, x.shape[1])), 0
-
-    for op, suffix in ((input_grad, "_input_grad"), (gradients, "_grad")):
-
-        @torch.library.register_vmap(f"phydi::{name}{suffix}")
-        def gradient_vmap(info, in_dims, *args, op=op):
-            return each_sample(op, info, in_dims, args)
-
+    register_forward_vmap(family, fold=True)
+    register_vmap_by_sample(input_grad)
+    register_vmap_by_sample(gradients)
     return family
 
 

@@ -11,11 +11,11 @@ from ._family import (
     Family,
     Operator,
     define,
-    each_sample,
-    leading,
     like_arguments,
     register_forward_autograd,
+    register_forward_vmap,
     register_gradients_autograd,
+    register_vmap_by_sample,
 )
 
 
@@ -77,18 +77,5 @@ def _gradients(grad, x, factors, geometry, of_x, of_factors):
 _family = Family(phm_linear, _gradients, channel_dim=-1, factors=2)
 register_forward_autograd(_family)
 register_gradients_autograd(_family, phm_linear_weight_grad, slots=(2, 3))
-
-
-@torch.library.register_vmap("phydi::phm_linear")
-def _forward_vmap(info, in_dims, x, A, F, bias, residual, alpha, activation):
-    args = (x, A, F, bias, residual, alpha, activation)
-    if any(d is not None for d in (*in_dims[1:4], in_dims[5])):
-        return each_sample(phm_linear, info, in_dims, args)
-    x = leading(x, in_dims[0], info.batch_size)
-    residual = leading(residual, in_dims[4], info.batch_size)
-    return phm_linear(x, A, F, bias, residual, alpha, activation), 0
-
-
-@torch.library.register_vmap("phydi::phm_linear_weight_grad")
-def _weight_grad_vmap(info, in_dims, *args):
-    return each_sample(phm_linear_weight_grad, info, in_dims, args)
+register_forward_vmap(_family)
+register_vmap_by_sample(phm_linear_weight_grad)

@@ -11,11 +11,11 @@ from ._family import (
     Family,
     Operator,
     define,
-    each_sample,
-    leading,
     like_arguments,
     register_forward_autograd,
+    register_forward_vmap,
     register_gradients_autograd,
+    register_vmap_by_sample,
 )
 
 
@@ -85,18 +85,5 @@ def _gradients(grad, x, factors, geometry, of_x, of_factors):
 _family = Family(phm_linear_factored, _gradients, channel_dim=-1, factors=4)
 register_forward_autograd(_family)
 register_gradients_autograd(_family, phm_linear_factored_grad, slots=(1, 2, 3, 4, 5))
-
-
-@torch.library.register_vmap("phydi::phm_linear_factored")
-def _forward_vmap(info, in_dims, x, U, V, W, F, bias, residual, alpha, activation):
-    args = (x, U, V, W, F, bias, residual, alpha, activation)
-    if any(d is not None for d in (*in_dims[1:6], in_dims[7])):
-        return each_sample(phm_linear_factored, info, in_dims, args)
-    x = leading(x, in_dims[0], info.batch_size)
-    residual = leading(residual, in_dims[6], info.batch_size)
-    return phm_linear_factored(x, U, V, W, F, bias, residual, alpha, activation), 0
-
-
-@torch.library.register_vmap("phydi::phm_linear_factored_grad")
-def _grad_vmap(info, in_dims, *args):
-    return each_sample(phm_linear_factored_grad, info, in_dims, args)
+register_forward_vmap(_family)
+register_vmap_by_sample(phm_linear_factored_grad)
