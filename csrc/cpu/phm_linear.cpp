@@ -78,7 +78,8 @@ void multiply(int64_t batch, const Linear<In>& op, const Epilogue& epilogue, con
 constexpr int64_t kStreamColumns = 64;
 
 // F with unit stride along s: kDotColumns columns, lanes along s, one reduction of all accumulators at the end.
-template <class In>
+// `ahead`: F comes from memory; a piece of it lies in other pages than the one before, where no stream is foreseen.
+template <class In, bool ahead>
 void dot_tile(const Linear<In>& op, const Compute<In>* x, int64_t depth, int64_t column, Compute<In>* out) {
   using T = Compute<In>;
   constexpr int lanes = kLanes<T>, cells = kDotRows * kDotColumns;
@@ -87,6 +88,7 @@ void dot_tile(const Linear<In>& op, const Compute<In>* x, int64_t depth, int64_t
     const In* f[kDotColumns];
 #pragma GCC unroll 4
     for (int64_t c = 0; c < kDotColumns; ++c) f[c] = op.F + i * op.F_i + std::min(column + c, op.p - 1) * op.F_r;
+    const int64_t next = i + 1 < op.n ? op.F_i : kDotColumns * op.F_r - i * op.F_i;
     int64_t s = 0;
     for (; s + lanes <= op.q; s += lanes) {
       Vec<T> xs[kDotRows];
@@ -95,6 +97,7 @@ void dot_tile(const Linear<In>& op, const Compute<In>* x, int64_t depth, int64_t
 #pragma GCC unroll 4
       for (int c = 0; c < kDotColumns; ++c) {
         const Vec<T> w = load(f[c] + s);
+        if constexpr (ahead) __builtin_prefetch(f[c] + s + next);
 #pragma GCC unroll 4
         for (int m = 0; m < kDotRows; ++m) acc[m * kDotColumns + c] += xs[m] * w;
       }
@@ -183,7 +186,8 @@ void stream(int64_t batch, const Linear<In>& op, const Epilogue& epilogue, const
           const T* x = mixed.get() + row * depth;
           T* out = results.get() + row * kStreamColumns + column;
           if (op.F_s == 1) {
-            dot_tile(op, x, depth, first + column, out);
+            row == 0 ? dot_tile<In, true>(op, x, depth, first + column, out)
+                     : dot_tile<In, false>(op, x, depth, first + column, out);
           } else if (columns - column >= width) {
             line_tile<In, NV, true>(op, x, depth, first + column, width, out);
           } else if (columns - column > kLanes<T>) {
