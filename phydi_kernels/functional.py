@@ -40,6 +40,7 @@ __all__ = [
 ACTIVATIONS = ("none", "relu")
 _OPTIONAL = frozenset(("U", "bias", "residual", "alpha"))
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
+_STRIDED = torch.strided
 
 
 def phm_linear(
@@ -129,7 +130,8 @@ def _linear(
     activation: str,
 ) -> Tensor:
     wider = None  # a residual that autocast leaves in its own dtype
-    if _autocast_enabled(x):
+    direct = isinstance(x, Tensor) and x.is_cpu and may_skip_dispatch()
+    if not direct and _autocast_enabled(x):
         x, algebra, F, bias, alpha = _autocast(x, algebra, F, bias, alpha)
         if _is_wider(residual, x):
             wider, residual = residual, None
@@ -142,7 +144,7 @@ def _linear(
     given = residual if wider is None else wider
     if given is not None:
         _check_residual(given, (*shape[:-1], out_features))
-    call = op.on_cpu if plain and may_skip_dispatch() else op.dispatched
+    call = op.on_cpu if direct and plain else op.dispatched
     y = call(x, *algebra.values(), F, bias, residual, alpha, activation)
     return y if wider is None else wider + y
 
@@ -412,19 +414,16 @@ def _check(
     spatial: int,
 ) -> tuple[int, int, bool]:
     """Checks what linear layers and convolutions share; returns (P*p, Q*q, all are plain tensors on the CPU)."""
-    dtype = x.dtype
-    tensors = {**algebra, "F": F, "bias": bias, "residual": residual, "alpha": alpha}
     # The common case in few lookups, and the reasons only where it does not hold: this runs at each call.
-    plain = dtype in DTYPES
-    for name, t in (("x", x), *tensors.items()):
-        if t is None:
-            plain = plain and name in _OPTIONAL
-        elif not (
-            type(t) in _PLAIN and t.dtype is dtype and t.is_cpu and t.layout is torch.strided and not t.is_nested
+    dtype = x.dtype
+    plain = dtype in DTYPES and F is not None
+    for t in (x, F, bias, residual, alpha, *algebra.values()):
+        if t is not None and not (
+            type(t) in _PLAIN and t.dtype is dtype and t.is_cpu and t.layout is _STRIDED and not t.is_nested
         ):
             plain = False
-    if not plain:
-        plain = _check_tensors(x, tensors)
+    if not plain or any(t is None and name not in _OPTIONAL for name, t in algebra.items()):
+        plain = _check_tensors(x, {**algebra, "F": F, "bias": bias, "residual": residual, "alpha": alpha})
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation={activation!r} is not one of {', '.join(map(repr, ACTIVATIONS))}")
     f = F.shape
