@@ -79,16 +79,12 @@ inline void multiply_add(Vec<Compute<In>>& c, Vec<Compute<In>> a, Vec<Compute<In
   c += a * b;
 }
 
-// A register tile: c (M rows, NV vectors) = (first ? 0 : c) + a (M x depth) * b (depth x NV vectors), depth in lanes.
-// `a` holds entry (m, k) at a + m * row_stride + k * step_stride: constants, so that one pointer addresses all rows.
-template <class In, int M, int NV, int row_stride, int step_stride>
-void run_tile(int64_t depth, const Compute<In>* a, const Compute<In>* b, bool first, Compute<In>* c, int64_t c_stride) {
+// acc (M rows, NV vectors) += a (M x depth) * b (depth x NV vectors), depth in lanes. `a` holds entry (m, k) at
+// a + m * row_stride + k * step_stride: constants, so that one pointer addresses all rows.
+template <class In, int row_stride, int step_stride, int M, int NV>
+inline __attribute__((always_inline)) void accumulate(Vec<Compute<In>> (&acc)[M][NV], int64_t depth,
+                                                      const Compute<In>* a, const Compute<In>* b) {
   using T = Compute<In>;
-  Vec<T> acc[M][NV];
-#pragma GCC unroll 16
-  for (int m = 0; m < M; ++m)
-#pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) acc[m][v] = first ? Vec<T>{} : load(c + m * c_stride + v * kLanes<T>);
   for (int64_t k = 0; k < depth; ++k) {
     Vec<T> w[NV];
 #pragma GCC unroll 4
@@ -102,10 +98,27 @@ void run_tile(int64_t depth, const Compute<In>* a, const Compute<In>* b, bool fi
     a += step_stride;
     b += kStrip<T>;
   }
+}
+
+template <class T, int M, int NV>
+inline __attribute__((always_inline)) void store_tile(const Vec<T> (&acc)[M][NV], T* c, int64_t c_stride) {
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) store(c + m * c_stride + v * kLanes<T>, acc[m][v]);
+}
+
+// A register tile: c = (first ? 0 : c) + a * b.
+template <class In, int M, int NV, int row_stride, int step_stride>
+void run_tile(int64_t depth, const Compute<In>* a, const Compute<In>* b, bool first, Compute<In>* c, int64_t c_stride) {
+  using T = Compute<In>;
+  Vec<T> acc[M][NV];
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) acc[m][v] = first ? Vec<T>{} : load(c + m * c_stride + v * kLanes<T>);
+  accumulate<In, row_stride, step_stride>(acc, depth, a, b);
+  store_tile<T>(acc, c, c_stride);
 }
 
 // The tile function for `rows` rows and `columns` columns, rounded up to what is compiled.
