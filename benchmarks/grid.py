@@ -26,7 +26,7 @@ from phydi_kernels.demo.layer_times import kronecker_sum
 from phydi_kernels.kernels import cpu
 from phydi_kernels.nn import PHMLinear
 from phydi_kernels.nn.factored import FactoredPHMLinear
-from phydi_kernels.plans import Plan
+from phydi_kernels.plans import LINEAR_PLANS, Plan
 
 RESULTS = Path(__file__).resolve().parent / "results" / "grid.json"
 TERMS = (2, 4, 8)
@@ -72,7 +72,7 @@ def chosen_plan(row: Mapping[str, Any], prepacked: bool) -> str:
 def plan_ratios(row: Mapping[str, Any], prepacked: bool) -> dict[str, float]:
     """Time over the dense layer's for each plan measured."""
     prefix = "prepacked " if prepacked else ""
-    names = {plan.name.lower(): f"{prefix}{plan.name.lower()}" for plan in Plan}
+    names = {plan.name.lower(): f"{prefix}{plan.name.lower()}" for plan in LINEAR_PLANS}
     return {plan: row["ratio"][name] for plan, name in names.items() if name in row["ratio"]}
 
 
@@ -145,7 +145,7 @@ class Case:
             return Rival(lambda: (cpu.phm_linear_factored(*arguments),))
 
         streams = len(x) <= STREAM_ROWS or len(x) * self.n * self.features <= STREAM_ENTRIES
-        chosen = [plan for plan in Plan if plan is not Plan.STREAM or streams]
+        chosen = [plan for plan in LINEAR_PLANS if plan is not Plan.STREAM or streams]
         return {prefix + plan.name.lower(): rival(plan) for plan in chosen}
 
     def _check(self, rivals: Mapping[str, Rival], x: Tensor) -> None:

@@ -7,6 +7,7 @@ With x seen as Q blocks of q features and y as P blocks of p features, y_k = sum
 * panel: form a cache-sized panel of H while packing, multiply, drop it.
 * rank: with A[i,k,l] = sum_r U[r,i] V[r,k] W[r,l] known, R products of blocks in place of P*Q,
   y_k = sum_r V[r,k] (sum_i U[r,i] F_i)(sum_l W[r,l] x_l).
+* direct: the same for a convolution, in one kernel of ours in place of R convolutions of torch's.
 """
 
 from __future__ import annotations
@@ -55,6 +56,15 @@ _TERM_FORM = 0.8
 _TERM_ADD = 0.28
 _TERM_ADD_BFLOAT16 = 0.34
 _TERM_CALL = 40000.0
+# The same in one kernel, whose register tiles lie along a row of the result: fewer pixels leave units idle.
+_DIRECT_PRODUCT = 0.0093
+_DIRECT_PIXELS = 4.7
+_DIRECT_FORM = 0.4
+_DIRECT_ADD = 0.2
+_DIRECT_ADD_BFLOAT16 = 0.25
+# A pixel of its mixed input takes 16, 32, 64 or 128 lanes, and so must what lies between two neighbouring outputs.
+_DIRECT_STRIDES = (1, 2, 4)
+_DIRECT_LANES = 128
 _CONV_WEIGHT_GRAD = 1.3  # a weight gradient of few channels, relative to the convolution itself
 
 
@@ -65,6 +75,10 @@ class Plan(enum.IntEnum):
     MIX = 1
     PANEL = 2
     RANK = 3
+    DIRECT = 4
+
+
+LINEAR_PLANS = (Plan.STREAM, Plan.MIX, Plan.PANEL, Plan.RANK)
 
 
 def _padded(count: int, to: int = _LANES) -> int:
@@ -181,15 +195,35 @@ def _narrow(p: int, q: int) -> float:
 
 @lru_cache(maxsize=4096)
 def phc_conv_factored(
-    pixels: int, outputs: int, n: int, P: int, Q: int, p: int, q: int, taps: int, R: int, bfloat16: bool
+    pixels: int,
+    outputs: int,
+    n: int,
+    P: int,
+    Q: int,
+    p: int,
+    q: int,
+    taps: int,
+    R: int,
+    bfloat16: bool,
+    row: tuple[int, int] | None = None,
 ) -> Plan:
-    """The plan of one factored convolution of R terms; see phc_conv."""
-    add = _TERM_ADD_BFLOAT16 if bfloat16 else _TERM_ADD
-    product = outputs * p * q * taps * _CONV_PRODUCT * _narrow(p, q)
-    additions = (R + Q) * pixels * q * add + (R + P) * outputs * p * add
-    rank = R * (product + p * q * taps * _TERM_FORM + _TERM_CALL) + additions
-    dense = min(_conv_costs(pixels, outputs, n, P, Q, p, q, taps).values()) * _narrow(P * p, Q * q)
-    return Plan.RANK if rank < dense else phc_conv(pixels, outputs, n, P, Q, p, q, taps)
+    """The plan of one factored convolution of R terms; see phc_conv.
+
+    ``row``: stride along the last dimension and size of the result there, or None in three dimensions, which the
+    direct kernel does not know.
+    """
+    product, weights = outputs * p * q * taps, p * q * taps
+    added = (R + Q) * pixels * q + (R + P) * outputs * p
+    cost = {Plan.RANK: R * (product * _CONV_PRODUCT * _narrow(p, q) + weights * _TERM_FORM + _TERM_CALL)}
+    cost[Plan.RANK] += added * (_TERM_ADD_BFLOAT16 if bfloat16 else _TERM_ADD)
+    stride, width = row or (0, 1)
+    if stride in _DIRECT_STRIDES and q * stride <= _DIRECT_LANES:
+        idle = max(1.0, _DIRECT_PIXELS / width)
+        cost[Plan.DIRECT] = R * (outputs * _padded(p) * q * taps * idle * _DIRECT_PRODUCT + weights * _DIRECT_FORM)
+        cost[Plan.DIRECT] += added * (_DIRECT_ADD_BFLOAT16 if bfloat16 else _DIRECT_ADD)
+    dense = _conv_costs(pixels, outputs, n, P, Q, p, q, taps)
+    cost |= {plan: of_plan * _narrow(P * p, Q * q) for plan, of_plan in dense.items()}
+    return min(cost, key=cost.__getitem__)
 
 
 @lru_cache(maxsize=4096)

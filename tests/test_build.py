@@ -39,7 +39,13 @@ int lanes() {
 }
 STABLE_TORCH_LIBRARY_IMPL(phydi_standin, CPU, m) { m.impl("lanes", nullptr); }
 """
-KERNEL_SOURCES = ("phm_linear.cpp", "phm_linear_factored.cpp", "phm_linear_weight_grad.cpp", "phc_conv.cpp")
+KERNEL_SOURCES = (
+    "phm_linear.cpp",
+    "phm_linear_factored.cpp",
+    "phm_linear_weight_grad.cpp",
+    "phc_conv.cpp",
+    "phc_conv_factored.cpp",
+)
 KERNELS = "namespace PHYDI_ISA { int lanes() { return 4; } }"
 
 

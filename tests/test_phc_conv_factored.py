@@ -16,13 +16,17 @@ from phydi_kernels.kernels import phc_conv_factored
 from phydi_kernels.plans import Plan
 
 FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
-PLANS = (Plan.RANK, Plan.MIX, Plan.PANEL)
+PLANS = (Plan.RANK, Plan.DIRECT, Plan.MIX, Plan.PANEL)
 
 # dimensions: (spatial size, kernel, (R, n, P, Q, p, q), stride, padding, dilation)
 PROBLEMS = {
     "1d": ((19,), (3,), (3, 2, 3, 2, 5, 3), (2,), (1,), (1,)),
+    "1d_long": ((2999,), (5,), (5, 2, 2, 3, 18, 20), (1,), (2,), (1,)),
     "2d": ((7, 19), (3, 2), (4, 3, 2, 5, 18, 17), (1, 2), (1, 0), (2, 1)),
     "2d_pointwise": ((9, 8), (1, 1), (9, 4, 9, 1, 3, 33), (1, 1), (0, 0), (1, 1)),
+    "2d_bands": ((40, 37), (3, 3), (5, 3, 2, 3, 33, 20), (1, 1), (1, 1), (1, 1)),
+    "2d_border": ((3, 5), (2, 3), (3, 2, 2, 2, 17, 16), (3, 4), (7, 9), (2, 1)),
+    "2d_wide_blocks": ((5, 30), (3, 1), (3, 2, 2, 2, 3, 128), (2, 1), (1, 0), (1, 1)),
     "3d": ((4, 5, 3), (2, 3, 1), (3, 2, 2, 2, 4, 3), (1, 2, 1), (1, 0, 0), (1, 1, 1)),
 }
 
@@ -113,12 +117,20 @@ def force(monkeypatch, plan):
         monkeypatch.setattr(plans, name, lambda *sizes: plan)
 
 
+# The direct kernel has no third dimension, and the plans do not choose it there.
+PLANS_OF_PROBLEMS = [
+    pytest.param(problem, plan, id=f"{name}-{plan.name}")
+    for name, problem in PROBLEMS.items()
+    for plan in PLANS
+    if plan is not Plan.DIRECT or len(problem[0]) < 3
+]
+
+
 @pytest.mark.usefixtures("library")
-@pytest.mark.parametrize("plan", PLANS, ids=lambda plan: plan.name)
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
-@pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS.keys())
+@pytest.mark.parametrize(("problem", "plan"), PLANS_OF_PROBLEMS)
 def test_every_plan(problem, dtype, plan, monkeypatch):
-    """Every plan serves every shape, also where the cost model would not choose it."""
+    """Every plan serves every shape, also where the cost model would not choose it; direct has no third dimension."""
     force(monkeypatch, plan)
     differentiable = ["x", "V", "W", "F", "bias", "residual"]
     for layout, with_U, alphas in itertools.product(LAYOUTS.values(), (False, True), (1, None)):
@@ -158,11 +170,13 @@ def test_images_of_a_block_fit_the_budget(count, image_bytes):
 
 
 @pytest.mark.usefixtures("library")
+@pytest.mark.parametrize("plan", (Plan.RANK, Plan.DIRECT), ids=lambda plan: plan.name)
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32), ids=dtype_id)
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
-def test_rank_plan_is_accurate(dtype, layout, monkeypatch):
+def test_plans_of_few_products_are_accurate(dtype, layout, plan, monkeypatch):
     """Against float64, as close as sums of this many products can be."""
-    force(monkeypatch, Plan.RANK)
+    monkeypatch.setattr(plans, "phc_conv_factored", lambda *sizes: plan)
+    monkeypatch.setattr(plans, "phc_conv_factored_grad", lambda *sizes: Plan.RANK)
     problem = ((11, 12), (3, 3), (7, 4, 4, 4, 32, 32), (1, 1), (1, 1), (1, 1))
     tensors, options, grad = draw(problem, 3, dtype, normal, True, 1)
     wanted = ["x", "U", "V", "W", "F"]
@@ -199,6 +213,43 @@ def test_threads_change_nothing(layout, threads, monkeypatch):
 
 
 @pytest.mark.usefixtures("library")
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+@pytest.mark.parametrize("images", (0, 1, 3))
+def test_direct_plan_on_threads(images, layout, threads, monkeypatch):
+    """Threads share the bands of all images; none changes a result."""
+    force(monkeypatch, Plan.DIRECT)
+    problem = PROBLEMS["2d_bands"]
+    tensors, options, _ = draw(problem, images, torch.float32, normal, True, 1)
+    tensors["x"] = layout(tensors["x"])
+    results = []
+    for count in (1, 2, 5):
+        threads(count)
+        results.append(call(problem, compiled)(**tensors, **options))
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+@pytest.mark.usefixtures("library")
+@pytest.mark.parametrize(
+    ("change", "match"),
+    (
+        ({"out": (6, 5)}, "larger than the window"),
+        ({"stride": (1, 3), "out": (5, 2)}, "too wide"),
+        ({"kernel": (0, 3)}, "positive"),
+        ({"in": (5, 6)}, "other sizes"),
+    ),
+)
+def test_direct_kernel_refuses_what_does_not_fit(change, match):
+    """A direct call of the kernel must not read or write out of bounds."""
+    window = {"in": (5, 5), "out": (5, 5), "kernel": (3, 3), "stride": (1, 1), "padding": (1, 1), "dilation": (1, 1)}
+    sizes = [size for pair in (window | change).values() for size in pair]
+    out = (window | change)["out"]
+    y, x = torch.zeros(1, 4, out[0] * out[1]), torch.zeros(1, 4, 25)
+    W, V, F_hat = torch.ones(3, 2), torch.ones(3, 2), torch.ones(3, 2, 2, 3, 3)
+    with pytest.raises(RuntimeError, match=match):
+        torch.ops.phydi_cpu.phc_conv_factored_(y, x, W, V, F_hat, None, None, None, False, True, sizes)
+
+
+@pytest.mark.usefixtures("library")
 @pytest.mark.parametrize("plan", PLANS, ids=lambda plan: plan.name)
 def test_wide_algebra_beside_bfloat16(plan, monkeypatch):
     """U, V and W in float32 are not rounded to bfloat16: an algebra of 1 + 2^-12 is seen in the result."""
@@ -209,31 +260,37 @@ def test_wide_algebra_beside_bfloat16(plan, monkeypatch):
     x[:, 1] = 0
     residual = torch.tensor([-(2.0**6), 2.0**6], dtype=torch.bfloat16).view(1, 2, 1, 1).expand(1, 2, 4, 4)
     y = functional.phc_conv2d_factored(x, None, V, W, F, residual=residual)
-    if plan is Plan.RANK:
+    if plan in (Plan.RANK, Plan.DIRECT):
         assert y[0, 0].eq(2.0**-6).all()
     assert y.dtype is torch.bfloat16
     assert y[0, 1].eq(0).all()
 
 
-@pytest.mark.parametrize(("channels", "size"), ((128, 16), (256, 16), (256, 8), (512, 8), (512, 4)))
+FEW_PRODUCTS = (Plan.RANK, Plan.DIRECT)
+
+
+@pytest.mark.parametrize(("channels", "size"), ((64, 32), (128, 16), (256, 16), (256, 8), (512, 8), (512, 4)))
 @pytest.mark.parametrize("bfloat16", (False, True))
 def test_wide_layers_take_the_fast_algorithm(channels, size, bfloat16):
     pixels, p = 32 * size * size, channels // 4
-    assert plans.phc_conv_factored(pixels, pixels, 4, 4, 4, p, p, 9, 7, bfloat16) is Plan.RANK
+    assert plans.phc_conv_factored(pixels, pixels, 4, 4, 4, p, p, 9, 7, bfloat16, (1, size)) in FEW_PRODUCTS
+    if channels > 64:
+        assert plans.phc_conv_factored(pixels, pixels, 4, 4, 4, p, p, 9, 7, bfloat16) is Plan.RANK
 
 
 @pytest.mark.parametrize("bfloat16", (False, True))
 def test_narrow_layers_and_full_rank_do_not(bfloat16):
     """Additions outweigh what few channels save; n^2 terms save nothing."""
-    for p, R, taps in ((8, 7, 9), (16, 7, 1), (64, 16, 9), (128, 16, 9)):
+    for p, R, taps in ((4, 7, 9), (16, 7, 1), (64, 16, 9), (128, 16, 9)):
         pixels = 32 * 16 * 16
-        assert plans.phc_conv_factored(pixels, pixels, 4, 4, 4, p, p, taps, R, bfloat16) is not Plan.RANK
+        assert plans.phc_conv_factored(pixels, pixels, 4, 4, 4, p, p, taps, R, bfloat16, (1, 16)) not in FEW_PRODUCTS
         assert plans.phc_conv_factored_grad(pixels, pixels, 4, 4, 4, p, p, taps, R, bfloat16) is not Plan.RANK
 
 
 @pytest.mark.usefixtures("library")
+@pytest.mark.parametrize("plan", FEW_PRODUCTS, ids=lambda plan: plan.name)
 @pytest.mark.parametrize("structure", STRUCTURES)
-def test_rounding_in_bfloat16(structure, monkeypatch):
+def test_rounding_in_bfloat16(structure, plan, monkeypatch):
     """An error bound for every entry, u = 2^-8 the unit roundoff of bfloat16, * the convolution:
 
         |y - H * x| <= u |H * x| + (1 + u) (B + gamma M),
@@ -241,11 +298,11 @@ def test_rounding_in_bfloat16(structure, monkeypatch):
 
     and M the same sum of the absolute values of all five arguments. F-hat and x-hat are rounded once: a product of two
     entries is off by at most 2u + u^2 of itself, and y-hat_r = F-hat_r * x-hat_r by e <= (2u + u^2) (|F-hat_r| *
-    |x-hat_r|); rounded in turn, by e + u (|y-hat_r| + e). V weights these, the float32 sums add gamma M with
-    gamma = 2 (n + Q + q taps + R) 2^-24, and the rounding of the result turns an error e into at most
+    |x-hat_r|); rounded in turn, as the rank plan does, by e + u (|y-hat_r| + e). V weights these, the float32 sums add
+    gamma M with gamma = 2 (n + Q + q taps + R) 2^-24, and the rounding of the result turns an error e into at most
     u |H * x| + (1 + u) e.
     """
-    force(monkeypatch, Plan.RANK)
+    force(monkeypatch, plan)
     u = 2.0**-8
     A, found = decomposed(structure)
     n, P, Q = A.shape

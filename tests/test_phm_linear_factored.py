@@ -13,10 +13,10 @@ from op_cases import CASES, FACTORED_PROBLEMS, linear
 from op_checks import ALGEBRA, STRUCTURES, FactoredChecks, absolute, decomposed, double, draw, force_plan
 
 from phydi_kernels import functional
-from phydi_kernels.plans import Plan
+from phydi_kernels.plans import LINEAR_PLANS, Plan
 
 CASE = CASES["phm_linear_factored"]
-PLANS = pytest.mark.parametrize("plan", Plan, ids=lambda plan: plan.name)
+PLANS = pytest.mark.parametrize("plan", LINEAR_PLANS, ids=lambda plan: plan.name)
 
 
 class TestPHMLinearFactored(FactoredChecks):

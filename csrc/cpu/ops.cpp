@@ -34,6 +34,7 @@ struct Kernels {
   decltype(&baseline::mix) mix;
   decltype(&baseline::pre_add) pre_add;
   decltype(&baseline::post_add) post_add;
+  decltype(&baseline::phc_conv_factored) phc_conv_factored;
   decltype(&baseline::block_dots) block_dots;
   decltype(&baseline::epilogue) epilogue;
 };
@@ -50,6 +51,7 @@ struct Kernels {
    isa::mix,                          \
    isa::pre_add,                      \
    isa::post_add,                     \
+   isa::phc_conv_factored,            \
    isa::block_dots,                   \
    isa::epilogue}
 
@@ -537,6 +539,38 @@ void post_add(Tensor y, std::vector<Tensor> parts, Tensor V, std::optional<Tenso
   if (y.numel() > 0) kernels().post_add(dtype_of(y), to, pointers.data(), coefficients, e.view, threads());
 }
 
+// Window: height and width of x and of y, then of the kernel, stride, padding and dilation.
+void phc_conv_factored(Tensor y, Tensor x, Tensor W, Tensor V, Tensor F_hat, std::optional<Tensor> bias,
+                       std::optional<Tensor> residual, std::optional<Tensor> alpha, bool relu, bool planes,
+                       std::vector<int64_t> window) {
+  const Matrix before = matrix(W, x), after = matrix(V, x);
+  const Image from = image(x, before.columns, planes), to = image(y, after.columns, planes);
+  STD_TORCH_CHECK(window.size() == 12, "phydi_cpu: a window has 12 sizes");
+  Window w;
+  int64_t* const sizes[] = {w.in, w.out, w.kernel, w.stride, w.padding, w.dilation};
+  for (size_t i = 0; i < window.size(); ++i) {
+    const bool is_padding = sizes[i / 2] == w.padding;
+    STD_TORCH_CHECK(window[i] >= (is_padding ? 0 : 1), "phydi_cpu: a window of positive sizes");
+    sizes[i / 2][i % 2] = window[i];
+  }
+  for (int d = 0; d < 2; ++d)
+    STD_TORCH_CHECK((w.out[d] - 1) * w.stride[d] + (w.kernel[d] - 1) * w.dilation[d] + 1 <= w.in[d] + 2 * w.padding[d],
+                    "phydi_cpu: the result is larger than the window allows");
+  STD_TORCH_CHECK(from.pixels == w.in[0] * w.in[1] && to.pixels == w.out[0] * w.out[1] && from.images == to.images,
+                  "phydi_cpu: images have other sizes than the window");
+  STD_TORCH_CHECK(y.scalar_type() == x.scalar_type(), "phydi_cpu: tensors of one call share one dtype");
+  check_numel(
+      F_hat, x,
+      before.rows * (to.channels / after.columns) * (from.channels / before.columns) * w.kernel[0] * w.kernel[1]);
+  STD_TORCH_CHECK(after.rows == before.rows && F_hat.is_contiguous(), "phydi_cpu: V, W and F_hat must have R terms");
+  const int64_t q = from.channels / before.columns;
+  STD_TORCH_CHECK((w.stride[1] == 1 || w.stride[1] == 2 || w.stride[1] == 4) && q * w.stride[1] <= 128,
+                  "phydi_cpu: blocks too wide for the direct convolution");
+  const ChannelEpilogueTensors e(bias, residual, alpha, relu, y, to.channels);
+  if (y.numel() > 0)
+    kernels().phc_conv_factored(dtype_of(x), from, to, before, after, F_hat.const_data_ptr(), w, e.view, threads());
+}
+
 Tensor block_dots(Tensor x, std::vector<Tensor> parts, int64_t blocks, bool planes) {
   const Image from = image(x, blocks, planes);
   const int64_t count = int64_t(parts.size());
@@ -569,6 +603,7 @@ STABLE_TORCH_LIBRARY_IMPL(phydi_cpu, CPU, m) {
   m.impl("mix", TORCH_BOX(&phydi::mix));
   m.impl("pre_add", TORCH_BOX(&phydi::pre_add));
   m.impl("post_add_", TORCH_BOX(&phydi::post_add));
+  m.impl("phc_conv_factored_", TORCH_BOX(&phydi::phc_conv_factored));
   m.impl("block_dots", TORCH_BOX(&phydi::block_dots));
   m.impl("epilogue_", TORCH_BOX(&phydi::epilogue));
 }

@@ -43,6 +43,12 @@ _LIB.define(
     "post_add_(Tensor(a!) y, Tensor[] parts, Tensor V, Tensor? bias, Tensor? residual, Tensor? alpha, bool relu, "
     "bool planes) -> ()"
 )
+# The whole of a factored convolution, directly: y_k = sum_r V[r, k] conv(sum_l W[r, l] x_l, F_hat_r) and the epilogue,
+# with F_hat (R, p, q, taps). The window is (height, width) of x, y, the kernel, stride, padding and dilation.
+_LIB.define(
+    "phc_conv_factored_(Tensor(a!) y, Tensor x, Tensor W, Tensor V, Tensor F_hat, Tensor? bias, Tensor? residual, "
+    "Tensor? alpha, bool relu, bool planes, int[] window) -> ()"
+)
 # out[r, l] = <parts_r, x_l>.
 _LIB.define("block_dots(Tensor x, Tensor[] parts, int blocks, bool planes) -> Tensor")
 _LIB.define("epilogue_(Tensor(a!) y, Tensor? bias, Tensor? residual, Tensor? alpha, bool relu, bool planes) -> ()")
@@ -59,6 +65,7 @@ _OPERATORS = (
     "mix",
     "pre_add",
     "post_add_",
+    "phc_conv_factored_",
     "block_dots",
     "epilogue_",
     "isa",

@@ -5,9 +5,10 @@ With x-hat_r = sum_l W[r,l] x_l and F-hat_r = sum_i U[r,i] F_i, output block k i
 * rank: those R convolutions, on so many images at a time that X-hat and Y-hat stay in cache, in channels_last, torch's
   fastest format; the additions before and after them transpose where x is contiguous. The sum after them takes bias,
   activation, alpha and residual along and rounds once. The gradients are R convolutions each in the same way.
+* direct: the same in one kernel, band by band of the output, for blocks too narrow to fill torch's convolutions.
 * mix, panel: those of phc_conv with A[i,k,l] = sum_r U[r,i] V[r,k] W[r,l], where the additions would cost more.
 
-float16 is computed in float32; in bfloat16 x-hat, F-hat and y-hat are rounded to bfloat16.
+float16 is computed in float32. In bfloat16, x-hat and F-hat are rounded to bfloat16, and by the rank plan y-hat.
 """
 
 from __future__ import annotations
@@ -65,14 +66,18 @@ def _convolve(x: Tensor, weight: Tensor, geometry: tuple[list[int], list[int], l
     return convolution(x, weight, None, *geometry)
 
 
+def _combined(U: Tensor | None, F: Tensor) -> Tensor:
+    """F-hat (R, p, ...), F-hat_r = sum_i U[r,i] F_i, of contiguous F (n, p, ...)."""
+    if U is None:
+        return F
+    n, p, *rest = F.shape
+    coefficients = _coefficients(F.dtype, U.t().unsqueeze(2))
+    return _ops.kron_sum.default(*coefficients, F.view(n, p, -1)).view(len(U), p, *rest)
+
+
 def _combined_weights(U: Tensor | None, F: Tensor) -> tuple[Tensor, ...]:
-    """F-hat_r = sum_i U[r,i] F_i for each r: (p, q, *kernel), channels_last."""
-    n, p, q, *kernel = F.shape
-    rows = F.movedim(2, -1).contiguous()
-    if U is not None:
-        combined = _ops.kron_sum.default(*_coefficients(F.dtype, U.t().unsqueeze(2)), rows.view(n, p, -1))
-        rows = combined.view(len(U), p, *kernel, q)
-    return _from_rows(rows, kernel)
+    """F-hat_r for each r: (p, q, *kernel), channels_last."""
+    return _from_rows(_combined(U, F.movedim(2, -1).contiguous()), F.shape[3:])
 
 
 def _images(count: int, image_bytes: int) -> Iterator[slice]:
@@ -117,6 +122,41 @@ def _in_terms(
     return y
 
 
+def _directly(
+    x: Tensor,
+    W: Tensor,
+    V: Tensor,
+    F_hat: Tensor,
+    shape: list[int],
+    geometry: tuple[list[int], list[int], list[int]],
+    bias: Tensor | None,
+    residual: Tensor | None,
+    alpha: Tensor | None,
+    activation: str,
+) -> Tensor:
+    fmt = memory_format(x)
+    planes = fmt is torch.contiguous_format
+    x = x.contiguous(memory_format=fmt)
+    before, after = _coefficients(x.dtype, W, V)
+    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=fmt)
+    some = None if residual is None else as_image(residual.contiguous(memory_format=fmt), planes)
+    window = [*_planar(x.shape[2:], 1), *_planar(shape[2:], 1), *_planar(F_hat.shape[3:], 1), *sum(geometry, [])]
+    _ops.phc_conv_factored_.default(
+        as_image(y, planes),
+        as_image(x, planes),
+        before,
+        after,
+        F_hat,
+        bias,
+        some,
+        alpha,
+        activation == "relu",
+        planes,
+        window,
+    )
+    return y
+
+
 def phc_conv_factored(
     x: Tensor,
     U: Tensor | None,
@@ -132,14 +172,17 @@ def phc_conv_factored(
     activation: str,
     plan: Plan,
 ) -> Tensor:
-    if plan is not Plan.RANK:
+    if plan not in (Plan.RANK, Plan.DIRECT):
         A = _structure(x.dtype, U, V, W)
         return dense.phc_conv(x, A, F, bias, stride, padding, dilation, residual, alpha, activation, plan)
     dtype = x.dtype
     x, F, bias, residual, alpha = to_work_dtype(x, F, bias, residual, alpha)
-    weights = _combined_weights(U, F)
     geometry = _geometry(stride, padding, dilation)
     shape = [len(x), V.shape[1] * F.shape[1], *output_size(x.shape[2:], F.shape[3:], stride, padding, dilation)]
+    if plan is Plan.DIRECT:
+        F_hat = _combined(U, F.contiguous())
+        return _directly(x, W, V, F_hat, shape, geometry, bias, residual, alpha, activation).to(dtype)
+    weights = _combined_weights(U, F)
 
     def convolve(r: int, t: Tensor) -> Tensor:
         return _convolve(t, weights[r], geometry)

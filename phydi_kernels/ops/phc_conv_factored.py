@@ -32,9 +32,10 @@ def _forward_cpu(x, U, V, W, F, bias, stride, padding, dilation, residual, alpha
         return reference.phc_conv_factored(*args)
     (R, P), Q = V.shape, W.shape[1]
     n, p, q, *kernel = F.shape
-    outputs = x.shape[0] * math.prod(output_size(x.shape[2:], kernel, stride, padding, dilation))
-    taps = math.prod(kernel)
-    plan = plans.phc_conv_factored(pixels(x), outputs, n, P, Q, p, q, taps, R, _bfloat16(x))
+    size = output_size(x.shape[2:], kernel, stride, padding, dilation)
+    outputs, taps = x.shape[0] * math.prod(size), math.prod(kernel)
+    row = (stride[-1], size[-1]) if len(size) < 3 else None
+    plan = plans.phc_conv_factored(pixels(x), outputs, n, P, Q, p, q, taps, R, _bfloat16(x), row)
     return phc_conv_factored.phc_conv_factored(*args, plan)
 
 
