@@ -93,6 +93,15 @@ void each_tile(int64_t images, int64_t pixels, int64_t channels, int64_t tasks, 
   });
 }
 
+// Calls tile(Tile) for tiles of the pixels [first, last) of one image.
+template <class T, class Fn>
+void tiles_between(int64_t image, int64_t first, int64_t last, int64_t channels, const Fn& fn) {
+  for (int64_t pixel = first; pixel < last; pixel += kTilePixels)
+    for (int64_t channel = 0; channel < channels; channel += kLanes<T>)
+      fn(Tile{image, pixel, std::min(kTilePixels, last - pixel), channel,
+              std::min<int64_t>(kLanes<T>, channels - channel)});
+}
+
 // Calls fn(task, first, count) for ranges of rows.
 template <class Fn>
 void each_range(int64_t rows, int64_t most, int64_t tasks, const Threads& threads, const Fn& fn) {

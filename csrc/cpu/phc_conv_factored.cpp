@@ -67,13 +67,7 @@ void pack_taps(const In* F, int64_t R, int64_t p, int64_t q, int64_t taps, Compu
     const int64_t width = std::min<int64_t>(p - column, kStrip<T>);
     const Scratch<T> turned(round_up(size, lanes) * lanes);
     for (int64_t g = 0; g < kStrip<T>; g += lanes) {
-      for (int64_t j = 0; j < size; j += lanes) {
-        Vec<T> rows[lanes] = {};
-        for (int64_t c = 0; c < std::min(lanes, width - g); ++c)
-          rows[c] = load_some(F + (r * p + column + g + c) * size + j, size - j);
-        transpose<T>(rows);
-        for (int64_t i = 0; i < lanes; ++i) store(turned.get() + (j + i) * lanes, rows[i]);
-      }
+      tile_to_rows(F + (r * p + column + g) * size, size, size, std::min(lanes, width - g), turned.get());
       T* to = strips + index * taps * depth * kStrip<T> + g;
       for (int64_t t = 0; t < taps; ++t) {
         for (int64_t lane = 0; lane < depth; ++lane, to += kStrip<T>) {
@@ -189,19 +183,15 @@ struct Direct {
     const bool whole = begin == 0 && end == w.in[1];
     for (int64_t row = first; row < last; row = whole ? last : row + 1) {
       const int64_t from = row * w.in[1] + begin, to = whole ? last * w.in[1] : row * w.in[1] + end;
-      for (int64_t pixel = from; pixel < to; pixel += kTilePixels) {
-        const int64_t pixels = std::min(kTilePixels, to - pixel);
-        for (int64_t channel = 0; channel < q; channel += kLanes<T>) {
-          const Tile tile{image, pixel, pixels, channel, std::min<int64_t>(kLanes<T>, q - channel)};
-          add.tile(tile, turned, [&, pixel = pixel](const auto& write) {
-            for (int64_t j = 0; j < pixels;) {
-              const int64_t column = (pixel + j) % w.in[1], some = std::min(pixels - j, w.in[1] - column);
-              write(j, some, place((pixel + j) / w.in[1], column));
-              j += some;
-            }
-          });
-        }
-      }
+      tiles_between<T>(image, from, to, q, [&](const Tile& t) {
+        add.tile(t, turned, [&](const auto& write) {
+          for (int64_t j = 0; j < t.pixels;) {
+            const int64_t column = (t.pixel + j) % w.in[1], some = std::min(t.pixels - j, w.in[1] - column);
+            write(j, some, place((t.pixel + j) / w.in[1], column));
+            j += some;
+          }
+        });
+      });
     }
   }
 
@@ -229,11 +219,8 @@ struct Direct {
   // Pixels [start, start + count) of an image from Y-hat.
   void finish(const PostAdd<In, T>& add, int64_t image, int64_t start, int64_t count, T* turned) const {
     if (!y.planes) return add.rows(image * y.pixels + start, count, 0);
-    for (int64_t pixel = 0; pixel < count; pixel += kTilePixels)
-      for (int64_t channel = 0; channel < p; channel += kLanes<T>)
-        add.tile({image, start + pixel, std::min(kTilePixels, count - pixel), channel,
-                  std::min<int64_t>(kLanes<T>, p - channel)},
-                 pixel * y_pixel, turned);
+    tiles_between<T>(image, start, start + count, p,
+                     [&](const Tile& t) { add.tile(t, (t.pixel - start) * y_pixel, turned); });
   }
 };
 

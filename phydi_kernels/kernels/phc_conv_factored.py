@@ -93,6 +93,17 @@ def _scratch_bytes(R: int, blocks: Sequence[tuple[int, Sequence[int]]], item_byt
     return R * sum(channels * math.prod(size) for channels, size in blocks) * item_bytes
 
 
+def _operands(
+    x: Tensor, before: Tensor, after: Tensor, residual: Tensor | None, shape: list[int]
+) -> tuple[bool, Tensor, Tensor, Tensor, Tensor | None, Tensor]:
+    """Whether x lies in planes; x and residual in one memory format, the coefficients, and a result of ``shape``."""
+    fmt = memory_format(x)
+    before, after = _coefficients(x.dtype, before, after)
+    residual = None if residual is None else residual.contiguous(memory_format=fmt)
+    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=fmt)
+    return fmt is torch.contiguous_format, x.contiguous(memory_format=fmt), before, after, residual, y
+
+
 def _in_terms(
     x: Tensor,
     before: Tensor,
@@ -105,13 +116,8 @@ def _in_terms(
     activation: str = "none",
 ) -> Tensor:
     """y_k = sum_r after[r,k] convolve(r, sum_l before[r,l] x_l), of ``shape``, and the epilogue."""
-    fmt = memory_format(x)
-    planes = fmt is torch.contiguous_format
-    x = x.contiguous(memory_format=fmt)
-    residual = None if residual is None else residual.contiguous(memory_format=fmt)
-    before, after = _coefficients(x.dtype, before, after)
+    planes, x, before, after, residual, y = _operands(x, before, after, residual, shape)
     spatial, size = x.shape[2:], shape[2:]
-    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=fmt)
     blocks = ((x.shape[1] // before.shape[1], spatial), (shape[1] // after.shape[1], size))
     for images in _images(len(x), _scratch_bytes(len(before), blocks, x.element_size())):
         mixed = _from_rows(_ops.pre_add.default(as_image(x[images], planes), before, planes), spatial)
@@ -134,12 +140,7 @@ def _directly(
     alpha: Tensor | None,
     activation: str,
 ) -> Tensor:
-    fmt = memory_format(x)
-    planes = fmt is torch.contiguous_format
-    x = x.contiguous(memory_format=fmt)
-    before, after = _coefficients(x.dtype, W, V)
-    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=fmt)
-    some = None if residual is None else as_image(residual.contiguous(memory_format=fmt), planes)
+    planes, x, before, after, residual, y = _operands(x, W, V, residual, shape)
     window = [*_planar(x.shape[2:], 1), *_planar(shape[2:], 1), *_planar(F_hat.shape[3:], 1), *sum(geometry, [])]
     _ops.phc_conv_factored_.default(
         as_image(y, planes),
@@ -148,7 +149,7 @@ def _directly(
         after,
         F_hat,
         bias,
-        some,
+        None if residual is None else as_image(residual, planes),
         alpha,
         activation == "relu",
         planes,
