@@ -132,9 +132,7 @@ def _linear(
     wider = None  # a residual that autocast leaves in its own dtype
     direct = isinstance(x, Tensor) and x.is_cpu and may_skip_dispatch()
     if not direct and _autocast_enabled(x):
-        x, algebra, F, bias, alpha = _autocast(x, algebra, F, bias, alpha)
-        if _is_wider(residual, x):
-            wider, residual = residual, None
+        x, algebra, F, bias, alpha, residual, wider = _autocast(x, algebra, F, bias, alpha, residual)
     out_features, in_features, plain = _check(x, algebra, F, bias, residual, alpha, activation, spatial=0)
     shape = x.shape
     if not shape or shape[-1] != in_features:
@@ -325,9 +323,7 @@ def _conv(
 ) -> Tensor:
     wider = None  # a residual that autocast leaves in its own dtype
     if _autocast_enabled(x):
-        x, algebra, F, bias, alpha = _autocast(x, algebra, F, bias, alpha)
-        if _is_wider(residual, x):
-            wider, residual = residual, None
+        x, algebra, F, bias, alpha, residual, wider = _autocast(x, algebra, F, bias, alpha, residual)
     out_channels, channels, _ = _check(x, algebra, F, bias, residual, alpha, activation, spatial=d)
     if x.dim() not in (d + 1, d + 2) or x.shape[-d - 1] != channels:
         raise ValueError(
@@ -369,8 +365,11 @@ def _autocast_enabled(x: Tensor) -> bool:
     return device != "meta" and torch.is_autocast_enabled(device)  # torch knows no autocast for meta tensors
 
 
-def _autocast(x: Tensor, algebra: dict[str, Any], *tensors: Any) -> list[Any]:
-    """Casts what torch's own autocast would: floating tensors that are not float64. U, V and W stay float32."""
+def _autocast(x: Tensor, algebra: dict[str, Any], F: Any, bias: Any, alpha: Any, residual: Any) -> tuple[Any, ...]:
+    """The arguments as torch's own autocast would cast them: floating tensors that are not float64, but for U, V and W.
+
+    The residual is not cast. One of another dtype is returned last, in its place None: it is added outside the kernel.
+    """
     dtype = torch.get_autocast_dtype(x.device.type)
 
     def cast(t: Any) -> Any:
@@ -378,20 +377,14 @@ def _autocast(x: Tensor, algebra: dict[str, Any], *tensors: Any) -> list[Any]:
         return t.to(dtype) if casts and t.dtype != dtype else t
 
     kept = compute_dtype(dtype)
-    cast_algebra = {
+    algebra = {
         name: t if name != "A" and isinstance(t, Tensor) and t.dtype == kept else cast(t) for name, t in algebra.items()
     }
-    return [cast(x), cast_algebra, *(cast(t) for t in tensors)]
-
-
-def _is_wider(residual: Any, x: Tensor) -> bool:
-    """Whether the residual is added outside the kernel; what is not allowed at all is left to :func:`_check`."""
-    return (
-        isinstance(residual, Tensor)
-        and residual.dtype in DTYPES
-        and residual.dtype != x.dtype
-        and residual.device == x.device
-    )
+    x = cast(x)
+    # What is not allowed at all is left to _check.
+    allowed = isinstance(residual, Tensor) and residual.dtype in DTYPES and residual.device == x.device
+    wider = residual if allowed and residual.dtype != x.dtype else None
+    return x, algebra, cast(F), cast(bias), cast(alpha), residual if wider is None else None, wider
 
 
 def _check_residual(residual: Tensor, shape: Sequence[int]) -> None:
