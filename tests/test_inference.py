@@ -1128,3 +1128,18 @@ def test_failure_leaves_a_model_inplace_as_it_was():
     with pytest.raises(ValueError, match=r"A of layer '1.1'"):
         optimize_for_inference(model, inplace=True)
     assert type(model[0]) is PHMLinear
+
+
+@both
+def test_parametrized_weights_are_the_ones_used(prepack):
+    """A parametrization takes a parameter's place in the module; its value counts as anywhere in torch."""
+
+    class Double(nn.Module):
+        def forward(self, t):
+            return 2 * t
+
+    layer = quiet(PHMLinear(8, 12, 4, bias=False).eval(), prepack=prepack)
+    x = torch.randn(3, 8)
+    expected = 2 * layer(x)
+    nn.utils.parametrize.register_parametrization(layer, "F_hat" if prepack else "F", Double())
+    torch.testing.assert_close(layer(x), expected)

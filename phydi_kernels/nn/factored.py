@@ -78,10 +78,16 @@ class FactoredLayer(Module):
 
     def _tensors(self) -> tuple[Any, ...]:
         """(U, V, W, F, bias, alpha) as the functions take them, F the combined weights where U is None."""
+        names = ("U", "V", "W", "F_hat" if self.prepacked else "F", "bias", "alpha")
         # Half a microsecond less for each than as an attribute, of a call that may take twenty.
         own: dict[str, Any] = self._parameters
-        F = self._packed(own["F_hat"]) if self.prepacked else own["F"]
-        return own["U"], own["V"], own["W"], F, own["bias"], own["alpha"]
+        try:
+            tensors = [own[name] for name in names]
+        except KeyError:  # a parametrization holds the tensor elsewhere
+            tensors = [getattr(self, name) for name in names]
+        if self.prepacked:
+            tensors[3] = self._packed(tensors[3])
+        return tuple(tensors)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Module:
         factors = (self.U, self.V, self.W)
