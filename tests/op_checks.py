@@ -350,6 +350,26 @@ class OpChecks:
         for name in grads:
             assert torch.equal(grads[name], torch.stack([g[name] for g in looped])), name
 
+    def test_nested_gradients(self, small, activation, device):
+        """torch.func's gradient of a gradient is autograd's."""
+        tensors = draw(small, ternary, torch.float64, device)
+        fixed = {name: t for name, t in tensors.items() if name not in self.case.differentiable}
+        varied = {name: t for name, t in tensors.items() if name in self.case.differentiable}
+
+        def loss(varied: dict[str, Tensor]) -> Tensor:
+            return self.case.op(**fixed, **varied, **small.options, activation=activation).pow(3).sum()
+
+        def slope(varied: dict[str, Tensor]) -> Tensor:
+            return torch.stack([g.square().sum() for g in torch.func.grad(loss)(varied).values()]).sum()
+
+        leaves = {name: t.requires_grad_() for name, t in varied.items()}
+        first = torch.autograd.grad(loss(leaves), tuple(leaves.values()), create_graph=True)
+        second = torch.autograd.grad(torch.stack([g.square().sum() for g in first]).sum(), tuple(leaves.values()))
+        nested = torch.func.grad(slope)({name: t.detach() for name, t in varied.items()})
+        for name, expected in zip(leaves, second, strict=True):
+            assert torch.equal(nested[name], expected), name
+        assert all(any(t.any() for t in of) for of in (first, second))
+
     def _abstract(self, tensors: dict[str, Tensor], options: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
         leaves = {name: t.detach().requires_grad_(name in self.case.differentiable) for name, t in tensors.items()}
         y = self.case.op(**leaves, **options)

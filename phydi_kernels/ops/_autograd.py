@@ -21,8 +21,9 @@ def register_autograd(library: torch.library.Library, op: Any, backward: Callabl
     """Registers ``backward(ctx, *grads)`` and ``setup_context(ctx, inputs, output)`` for an operator of ``library``."""
 
     def forward(*args: Any) -> Any:
-        # Below view tracking too: a result that is a view of what a kernel made is not a view of an argument.
-        with torch._C._AutoDispatchBelowADInplaceOrView():
+        # Below view tracking too: a result that is a view of what a kernel made is no view of an argument. A Function
+        # turns grad mode off, which the next level of torch.func needs to record.
+        with torch.enable_grad(), torch._C._AutoDispatchBelowADInplaceOrView():
             return op(*args)
 
     def jvp(ctx: Any, *tangents: Any) -> Any:
