@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any
@@ -54,6 +53,8 @@ def check_finite(name: str, value: Any) -> float:
     """``value`` as a float that is neither NaN nor infinite."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}={value!r} must be a finite number, not {type(value).__name__}")
-    if not math.isfinite(value):
+    # Not math.isfinite, nor float: under torch.compile a number may be a symbol.
+    number: Any = value
+    if number - number != 0:
         raise ValueError(f"{name}={value} must be a finite number")
-    return float(value)
+    return number if type(number) is float else float(number)

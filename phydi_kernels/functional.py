@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ._check import DTYPES, check_padding, check_per_dimension
+from ._gda import GDASolution, discriminant_criterion, gda_solve, kernel_matrix
 from .kernels.phc_conv import output_size
 from .ops import phc_conv as _phc_conv
 from .ops import phc_conv_factored as _phc_conv_factored
@@ -27,6 +28,10 @@ from .ops._family import Operator
 from .reference import compute_dtype
 
 __all__ = [
+    "GDASolution",
+    "discriminant_criterion",
+    "gda_solve",
+    "kernel_matrix",
     "phc_conv1d",
     "phc_conv1d_factored",
     "phc_conv2d",

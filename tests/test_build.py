@@ -20,6 +20,7 @@ from phydi_kernels.kernels import cpu
 ROOT = Path(__file__).resolve().parent.parent
 
 needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="compiles C++, and there is no compiler here")
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="compiles CUDA, and there is no nvcc here")
 needs_library = pytest.mark.skipif(not cpu.LIBRARY.exists(), reason=f"inspects the compiled library: {cpu.load()}")
 
 # Stand-ins that compile in a second, and only if every definition and include folder is handed to them.
@@ -39,14 +40,12 @@ int lanes() {
 }
 STABLE_TORCH_LIBRARY_IMPL(phydi_standin, CPU, m) { m.impl("lanes", nullptr); }
 """
-KERNEL_SOURCES = (
-    "phm_linear.cpp",
-    "phm_linear_factored.cpp",
-    "phm_linear_weight_grad.cpp",
-    "phc_conv.cpp",
-    "phc_conv_factored.cpp",
-)
+KERNEL_SOURCES = sorted(p.name for p in (ROOT / "csrc" / "cpu").glob("*.cpp") if p.name != "ops.cpp")
 KERNELS = "namespace PHYDI_ISA { int lanes() { return 4; } }"
+CUDA_KERNELS = """
+__global__ void kernel() {}
+void run() { kernel<<<1, 1>>>(); }
+"""
 
 
 def load_setup():
@@ -201,6 +200,26 @@ def test_compile_error_stops_the_installation(tmp_path):
     assert not (checkout / "dist").exists()
 
 
+def linked_libraries(library: Path) -> set[str]:
+    dynamic = subprocess.check_output(["readelf", "-d", library], text=True)
+    assert "RPATH" not in dynamic and "RUNPATH" not in dynamic
+    linked = set(re.findall(r"\(NEEDED\).*\[(?:.*/)?(lib\w+)", dynamic))
+    return {name for name in linked if re.match("lib(torch|c10|cu)", name)}
+
+
+@needs_compiler
+@needs_nvcc
+def test_library_with_cuda_kernels_links_no_cuda_library(tmp_path):
+    checkout = make_checkout(tmp_path / "checkout", KERNELS)
+    (checkout / "csrc" / "cuda").mkdir()
+    (checkout / "csrc" / "cuda" / "kernels.cu").write_text(CUDA_KERNELS)
+    done = run_setup(checkout, "build_ext", "--inplace", PHYDI_CUDA="1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    library = checkout / "phydi_kernels" / "lib" / "libphydi_kernels.so"
+    assert b"sm_90a" in library.read_bytes()
+    assert linked_libraries(library) == {"libtorch_cpu", "libc10"}
+
+
 def test_library_is_built_where_it_can_be():
     reason = load_setup().reason_not_to_build()
     assert reason or cpu.load() == "", f"{cpu.load()}: run make build"
@@ -215,10 +234,7 @@ def test_library_uses_no_cpp_symbol_of_torch():
 
 @needs_library
 def test_library_links_torch_by_name_only():
-    dynamic = subprocess.check_output(["readelf", "-d", cpu.LIBRARY], text=True)
-    assert "RPATH" not in dynamic and "RUNPATH" not in dynamic
-    linked = set(re.findall(r"\(NEEDED\).*\[(?:.*/)?(lib\w+)", dynamic))
-    assert {name for name in linked if re.match("lib(torch|c10|cuda)", name)} == {"libtorch_cpu", "libc10"}
+    assert linked_libraries(cpu.LIBRARY) == {"libtorch_cpu", "libc10"}
 
 
 @needs_library

@@ -11,6 +11,25 @@ enum class DType { f32, f64, bf16, f16 };
 // The numbers are those of phydi_kernels.plans.Plan.
 enum class Plan { stream = 0, mix = 1, panel = 2, rank = 3 };
 
+// Of the band that a path of conditioning coefficients reduces S_w to; phydi_kernels.kernels.gda_solve.BANDWIDTH.
+constexpr int64_t kBandwidth = 32;
+
+// The order is that of phydi_kernels.ops.kernel_matrix.NAMES.
+enum class Kernel {
+  dot,
+  poly,
+  sigmoid,
+  squared_distance,
+  rbf,
+  matern12,
+  matern32,
+  matern52,
+  manhattan_distance,
+  laplacian,
+  chi2_distance,
+  chi2
+};
+
 using Task = void (*)(void* context, int64_t index);
 
 // Runs task(context, 0 ... count - 1) on torch's threads.
@@ -114,6 +133,35 @@ struct ChannelEpilogue {
   void block_dots(DType, const Image& x, void* const* parts, int64_t R, int64_t Q, void* out, const Threads&);         \
   /* The epilogue of h = y, in place. */                                                                               \
   void epilogue(DType, const Image& y, const ChannelEpilogue&, const Threads&);                                        \
+  /* out (G, B, N, M) = f(gamma s(x, y)) for X (B, N, d), Y (B, M, d) or null for X, gamma (G, B); all contiguous. */  \
+  void kernel_matrix(DType, Kernel, int64_t G, int64_t B, int64_t N, int64_t M, int64_t d, const void* X,              \
+                     const void* Y, const void* gamma, int64_t degree, double coef0, void* out, const Threads&);       \
+  /* The lower triangle of G (P, N, N) = B B^T, B_ij = root_i root_j scale_c(j) (K_ij - means_ic(j)), and means (P, N, \
+     L), of class c and weights root^2; K (P, N, N) with rows of N, codes c and root (P, N), counts and scale (P, L).  \
+     Above the diagonal G is undefined. */                                                                             \
+  void within_scatter(DType, int64_t P, int64_t N, int64_t L, const void* K, int64_t K_stride, const int64_t* codes,   \
+                      const void* root, const void* counts, const void* scale, void* G, void* means, const Threads&);  \
+  /* out (P, 2): the largest |K_ij| and |K_ij - K_ji|, NaN where there is one. */                                      \
+  void asymmetry(DType, int64_t P, int64_t N, const void* K, int64_t K_stride, void* out, const Threads&);             \
+  /* A (P, N, N) = its lower Cholesky factor; failed (P) where there is none. */                                       \
+  void cholesky(DType, int64_t P, int64_t N, void* A, int32_t* failed, const Threads&);                                \
+  /* X (P, N, m) = (L L^T)^-1 R. */                                                                                    \
+  void cholesky_solve(DType, int64_t P, int64_t N, int64_t m, const void* L, const void* R, void* X, const Threads&);  \
+  /* out (P, N, m) = A X, A (P, N, N) with rows of N. */                                                               \
+  void times(DType, int64_t P, int64_t N, int64_t m, const void* A, int64_t A_stride, const void* X, void* out,        \
+             const Threads&);                                                                                          \
+  /* S = Q T Q^T of the lower triangles of S (P, N, N): T as band (P, N, kBandwidth + 1), its row i the columns        \
+     i - kBandwidth ... i, and Q in S and blocks (P, panels, kBandwidth, kBandwidth), a panel for every kBandwidth     \
+     columns but the last. */                                                                                          \
+  void band_reduce(DType, int64_t P, int64_t N, void* S, void* band, void* blocks, const Threads&);                    \
+  /* Lower factors L (count, P, N, kBandwidth + 1) of T + tau I, tau (count, P); failed (count, P). */                 \
+  void band_cholesky(DType, int64_t count, int64_t P, int64_t N, const void* band, const void* tau, void* L,           \
+                     int32_t* failed, const Threads&);                                                                 \
+  /* X (count, P, N, m) = Q (L L^T)^-1 Q^T R. */                                                                       \
+  void band_solve(DType, int64_t count, int64_t P, int64_t N, int64_t m, const void* L, const void* S,                 \
+                  const void* blocks, const void* R, void* X, const Threads&);                                         \
+  /* values (P, L) ascending and vectors (P, L, L) in columns of the lower triangles of S (P, L, L). */                \
+  void eigh_small(DType, int64_t P, int64_t L, const void* S, void* values, void* vectors, const Threads&);            \
   }
 
 PHYDI_DECLARE_KERNELS(baseline)

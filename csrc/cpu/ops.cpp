@@ -13,6 +13,10 @@
 #include <tuple>
 #include <vector>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "kernels.h"
 
 namespace phydi {
@@ -37,6 +41,16 @@ struct Kernels {
   decltype(&baseline::phc_conv_factored) phc_conv_factored;
   decltype(&baseline::block_dots) block_dots;
   decltype(&baseline::epilogue) epilogue;
+  decltype(&baseline::kernel_matrix) kernel_matrix;
+  decltype(&baseline::within_scatter) within_scatter;
+  decltype(&baseline::asymmetry) asymmetry;
+  decltype(&baseline::cholesky) cholesky;
+  decltype(&baseline::cholesky_solve) cholesky_solve;
+  decltype(&baseline::times) times;
+  decltype(&baseline::eigh_small) eigh_small;
+  decltype(&baseline::band_reduce) band_reduce;
+  decltype(&baseline::band_cholesky) band_cholesky;
+  decltype(&baseline::band_solve) band_solve;
 };
 
 #define PHYDI_KERNELS(isa, supported) \
@@ -53,7 +67,17 @@ struct Kernels {
    isa::post_add,                     \
    isa::phc_conv_factored,            \
    isa::block_dots,                   \
-   isa::epilogue}
+   isa::epilogue,                     \
+   isa::kernel_matrix,                \
+   isa::within_scatter,               \
+   isa::asymmetry,                    \
+   isa::cholesky,                     \
+   isa::cholesky_solve,               \
+   isa::times,                        \
+   isa::eigh_small,                   \
+   isa::band_reduce,                  \
+   isa::band_cholesky,                \
+   isa::band_solve}
 
 // The best compiled set that this processor has; PHYDI_MAX_CPU_ISA names the best one to consider.
 const Kernels& kernels() {
@@ -588,6 +612,179 @@ void epilogue(Tensor y, std::optional<Tensor> bias, std::optional<Tensor> residu
   if (y.numel() > 0) kernels().epilogue(dtype_of(y), to, e.view, threads());
 }
 
+void check_real(const Tensor& t) {
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Double || t.scalar_type() == ScalarType::Float,
+                  "phydi_cpu: this kernel takes float32 and float64");
+}
+
+void check_shape(const Tensor& t, const Tensor& like, std::vector<int64_t> shape) {
+  STD_TORCH_CHECK(t.scalar_type() == like.scalar_type() && t.dim() == int64_t(shape.size()) &&
+                      std::equal(shape.begin(), shape.end(), t.sizes().begin()),
+                  "phydi_cpu: a tensor has another dtype or shape than its operator takes");
+}
+
+// New memory in pages of 2 MiB where Linux leaves that to the program: faulting in 128 MiB of kernel matrices by pages
+// of 4 KiB took 43 ms, three times as long as computing them, and takes 7 ms so.
+Tensor new_large(const Tensor& like, std::vector<int64_t> shape) {
+  Tensor t = torch::stable::new_empty(like, shape);
+#if defined(__linux__)
+  constexpr uintptr_t page = 2 << 20;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(t.mutable_data_ptr()), bytes = t.numel() * t.element_size();
+  const uintptr_t first = (begin + page - 1) / page * page, last = (begin + bytes) / page * page;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+  return t;
+}
+
+// (P, N, N) whose matrices are contiguous; they may be one and the same.
+Tensor matrices(const Tensor& K) {
+  STD_TORCH_CHECK(K.dim() == 3 && K.size(1) == K.size(2), "phydi_cpu: K must be (P, N, N)");
+  check_real(K);
+  const int64_t N = K.size(2);
+  return N <= 1 || (K.stride(2) == 1 && K.stride(1) == N) ? K : torch::stable::contiguous(K);
+}
+
+Tensor kernel_matrix(Tensor X, std::optional<Tensor> Y, Tensor gamma, int64_t kernel, int64_t degree, double coef0) {
+  STD_TORCH_CHECK(X.dim() == 3 && gamma.dim() == 2 && kernel >= 0 && kernel <= int64_t(Kernel::chi2) && degree >= 1,
+                  "phydi_cpu: X must be (B, N, d), gamma (G, B)");
+  check_real(X);
+  const int64_t B = X.size(0), N = X.size(1), d = X.size(2), M = Y ? Y->size(1) : N;
+  if (Y) check_shape(*Y, X, {B, M, d});
+  const Kernel k = Kernel(kernel);
+  const bool pairwise = k == Kernel::dot || k == Kernel::squared_distance || k == Kernel::manhattan_distance ||
+                        k == Kernel::chi2_distance;
+  const int64_t G = pairwise ? 1 : gamma.size(0);
+  check_shape(gamma, X, {gamma.size(0), B});
+  const Tensor x = dense(X), scales = dense(gamma);
+  std::optional<Tensor> y;
+  if (Y) y = dense(*Y);
+  Tensor out = new_large(X, {G, B, N, M});
+  if (out.numel() > 0)
+    kernels().kernel_matrix(dtype_of(X), k, G, B, N, M, d, x.const_data_ptr(), y ? y->const_data_ptr() : nullptr,
+                            scales.const_data_ptr(), degree, coef0, out.mutable_data_ptr(), threads());
+  return out;
+}
+
+std::tuple<Tensor, Tensor> within_scatter(Tensor K, Tensor codes, Tensor root, Tensor counts, Tensor scale) {
+  const Tensor k = matrices(K), c = dense(codes), r = dense(root), n = dense(counts), s = dense(scale);
+  const int64_t P = K.size(0), N = K.size(1), L = counts.size(1);
+  STD_TORCH_CHECK(
+      codes.scalar_type() == ScalarType::Long && codes.dim() == 2 && codes.size(0) == P && codes.size(1) == N,
+      "phydi_cpu: codes must be (P, N), int64");
+  check_shape(root, K, {P, N});
+  check_shape(counts, K, {P, L});
+  check_shape(scale, K, {P, L});
+  const int64_t* const code = static_cast<const int64_t*>(c.const_data_ptr());
+  STD_TORCH_CHECK(std::all_of(code, code + P * N, [&](int64_t v) { return v >= 0 && v < L; }),
+                  "phydi_cpu: codes must be 0 ... L - 1");
+  Tensor G = new_large(K, {P, N, N});
+  Tensor means = torch::stable::new_empty(K, {P, N, L});
+  if (G.numel() > 0)
+    kernels().within_scatter(dtype_of(K), P, N, L, k.const_data_ptr(), k.stride(0), code, r.const_data_ptr(),
+                             n.const_data_ptr(), s.const_data_ptr(), G.mutable_data_ptr(), means.mutable_data_ptr(),
+                             threads());
+  return {G, means};
+}
+
+Tensor asymmetry(Tensor K) {
+  const Tensor k = matrices(K);
+  Tensor out = torch::stable::new_zeros(K, {K.size(0), 2});
+  if (K.numel() > 0)
+    kernels().asymmetry(dtype_of(K), K.size(0), K.size(1), k.const_data_ptr(), k.stride(0), out.mutable_data_ptr(),
+                        threads());
+  return out;
+}
+
+Tensor cholesky(Tensor A) {
+  check_real(A);
+  STD_TORCH_CHECK(A.dim() == 3 && A.size(1) == A.size(2) && A.is_contiguous(),
+                  "phydi_cpu: A must be (P, N, N), contiguous");
+  Tensor failed = torch::stable::new_zeros(A, {A.size(0)}, ScalarType::Int);
+  if (A.numel() > 0)
+    kernels().cholesky(dtype_of(A), A.size(0), A.size(1), A.mutable_data_ptr(),
+                       static_cast<int32_t*>(failed.mutable_data_ptr()), threads());
+  return failed;
+}
+
+Tensor cholesky_solve(Tensor L, Tensor R) {
+  const Tensor factor = matrices(L), right = dense(R);
+  STD_TORCH_CHECK(factor.is_contiguous() && R.dim() == 3, "phydi_cpu: R must be (P, N, m), L contiguous");
+  check_shape(R, L, {L.size(0), L.size(1), R.size(2)});
+  Tensor X = torch::stable::new_empty(R, R.sizes());
+  if (X.numel() > 0)
+    kernels().cholesky_solve(dtype_of(L), L.size(0), L.size(1), R.size(2), factor.const_data_ptr(),
+                             right.const_data_ptr(), X.mutable_data_ptr(), threads());
+  return X;
+}
+
+Tensor times(Tensor A, Tensor X) {
+  const Tensor a = matrices(A), x = dense(X);
+  STD_TORCH_CHECK(X.dim() == 3, "phydi_cpu: X must be (P, N, m)");
+  check_shape(X, A, {A.size(0), A.size(1), X.size(2)});
+  Tensor out = torch::stable::new_empty(X, X.sizes());
+  if (out.numel() > 0)
+    kernels().times(dtype_of(A), A.size(0), A.size(1), X.size(2), a.const_data_ptr(), a.stride(0), x.const_data_ptr(),
+                    out.mutable_data_ptr(), threads());
+  return out;
+}
+
+std::tuple<Tensor, Tensor> eigh_small(Tensor S) {
+  check_real(S);
+  STD_TORCH_CHECK(S.dim() == 3 && S.size(1) == S.size(2), "phydi_cpu: S must be (P, L, L)");
+  const Tensor s = dense(S);
+  Tensor values = torch::stable::new_empty(S, {S.size(0), S.size(1)});
+  Tensor vectors = torch::stable::new_empty(S, S.sizes());
+  if (S.numel() > 0)
+    kernels().eigh_small(dtype_of(S), S.size(0), S.size(1), s.const_data_ptr(), values.mutable_data_ptr(),
+                         vectors.mutable_data_ptr(), threads());
+  return {values, vectors};
+}
+
+int64_t panels_of(int64_t N) { return std::max<int64_t>((N + kBandwidth - 1) / kBandwidth - 1, 0); }
+
+std::tuple<Tensor, Tensor> band_reduce(Tensor S) {
+  check_real(S);
+  STD_TORCH_CHECK(S.dim() == 3 && S.size(1) == S.size(2) && S.is_contiguous(),
+                  "phydi_cpu: S must be (P, N, N), contiguous");
+  const int64_t P = S.size(0), N = S.size(1);
+  Tensor band = torch::stable::new_empty(S, {P, N, kBandwidth + 1});
+  Tensor blocks = torch::stable::new_empty(S, {P, panels_of(N), kBandwidth, kBandwidth});
+  if (S.numel() > 0)
+    kernels().band_reduce(dtype_of(S), P, N, S.mutable_data_ptr(), band.mutable_data_ptr(), blocks.mutable_data_ptr(),
+                          threads());
+  return {band, blocks};
+}
+
+std::tuple<Tensor, Tensor> band_cholesky(Tensor band, Tensor tau) {
+  check_real(band);
+  STD_TORCH_CHECK(band.dim() == 3 && band.size(2) == kBandwidth + 1 && tau.dim() == 2, "phydi_cpu: unknown band");
+  const int64_t count = tau.size(0), P = band.size(0), N = band.size(1);
+  check_shape(tau, band, {count, P});
+  const Tensor b = dense(band), t = dense(tau);
+  Tensor L = torch::stable::new_empty(band, {count, P, N, kBandwidth + 1});
+  Tensor failed = torch::stable::new_zeros(band, {count, P}, ScalarType::Int);
+  if (L.numel() > 0)
+    kernels().band_cholesky(dtype_of(band), count, P, N, b.const_data_ptr(), t.const_data_ptr(), L.mutable_data_ptr(),
+                            static_cast<int32_t*>(failed.mutable_data_ptr()), threads());
+  return {L, failed};
+}
+
+Tensor band_solve(Tensor L, Tensor S, Tensor blocks, Tensor R) {
+  check_real(L);
+  STD_TORCH_CHECK(L.dim() == 4 && R.dim() == 4, "phydi_cpu: L must be (T, P, N, width), R (T, P, N, m)");
+  const int64_t count = L.size(0), P = L.size(1), N = L.size(2);
+  check_shape(L, R, {count, P, N, kBandwidth + 1});
+  check_shape(S, R, {P, N, N});
+  check_shape(blocks, R, {P, panels_of(N), kBandwidth, kBandwidth});
+  check_shape(R, L, {count, P, N, R.size(3)});
+  const Tensor l = dense(L), s = dense(S), b = dense(blocks), r = dense(R);
+  Tensor X = torch::stable::new_empty(R, R.sizes());
+  if (X.numel() > 0)
+    kernels().band_solve(dtype_of(R), count, P, N, R.size(3), l.const_data_ptr(), s.const_data_ptr(),
+                         b.const_data_ptr(), r.const_data_ptr(), X.mutable_data_ptr(), threads());
+  return X;
+}
+
 std::string isa() { return kernels().isa; }
 
 }  // namespace
@@ -606,6 +803,16 @@ STABLE_TORCH_LIBRARY_IMPL(phydi_cpu, CPU, m) {
   m.impl("phc_conv_factored_", TORCH_BOX(&phydi::phc_conv_factored));
   m.impl("block_dots", TORCH_BOX(&phydi::block_dots));
   m.impl("epilogue_", TORCH_BOX(&phydi::epilogue));
+  m.impl("kernel_matrix", TORCH_BOX(&phydi::kernel_matrix));
+  m.impl("within_scatter", TORCH_BOX(&phydi::within_scatter));
+  m.impl("asymmetry", TORCH_BOX(&phydi::asymmetry));
+  m.impl("cholesky_", TORCH_BOX(&phydi::cholesky));
+  m.impl("cholesky_solve", TORCH_BOX(&phydi::cholesky_solve));
+  m.impl("times", TORCH_BOX(&phydi::times));
+  m.impl("eigh_small", TORCH_BOX(&phydi::eigh_small));
+  m.impl("band_reduce_", TORCH_BOX(&phydi::band_reduce));
+  m.impl("band_cholesky", TORCH_BOX(&phydi::band_cholesky));
+  m.impl("band_solve", TORCH_BOX(&phydi::band_solve));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(phydi_cpu, CompositeExplicitAutograd, m) { m.impl("isa", TORCH_BOX(&phydi::isa)); }

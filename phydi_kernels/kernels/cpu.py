@@ -52,6 +52,25 @@ _LIB.define(
 # out[r, l] = <parts_r, x_l>.
 _LIB.define("block_dots(Tensor x, Tensor[] parts, int blocks, bool planes) -> Tensor")
 _LIB.define("epilogue_(Tensor(a!) y, Tensor? bias, Tensor? residual, Tensor? alpha, bool relu, bool planes) -> ()")
+# K(x_i, y_j) of X (B, N, d), Y (B, M, d) or X itself, for every gamma (G, B); kernel numbers ops.kernel_matrix.NAMES.
+_LIB.define("kernel_matrix(Tensor X, Tensor? Y, Tensor gamma, int kernel, int degree, float coef0) -> Tensor")
+# (G, means) of K (P, N, N): means (P, N, L) of the classes in each row, with weights root^2, and the lower triangle of
+# G = B B^T, B_ij = root_i root_j scale_c(j) (K_ij - means_ic(j)); codes c and root (P, N), counts (sums of the weights)
+# and scale (P, L).
+_LIB.define("within_scatter(Tensor K, Tensor codes, Tensor root, Tensor counts, Tensor scale) -> (Tensor, Tensor)")
+# The largest |K_ij| and |K_ij - K_ji| (P, 2).
+_LIB.define("asymmetry(Tensor K) -> Tensor")
+# The lower Cholesky factors of the lower triangles of A (P, N, N), in place; where there is none the result (P) is 1.
+_LIB.define("cholesky_(Tensor(a!) A) -> Tensor")
+_LIB.define("cholesky_solve(Tensor L, Tensor R) -> Tensor")
+# A X of A (P, N, N) and X (P, N, m) of few columns: A is read once.
+_LIB.define("times(Tensor A, Tensor X) -> Tensor")
+# S = Q T Q^T: (T as a band, blocks), with Q in the place of S and in blocks; then the factors of T + tau I for tau
+# (count, P) and where there is none; then X = Q (L L^T)^-1 Q^T R for R (count, P, N, m).
+_LIB.define("band_reduce_(Tensor(a!) S) -> (Tensor, Tensor)")
+_LIB.define("band_cholesky(Tensor band, Tensor tau) -> (Tensor, Tensor)")
+_LIB.define("band_solve(Tensor L, Tensor S, Tensor blocks, Tensor R) -> Tensor")
+_LIB.define("eigh_small(Tensor S) -> (Tensor, Tensor)")
 # The instruction set the kernels run with on this machine.
 _LIB.define("isa() -> str")
 
@@ -68,6 +87,16 @@ _OPERATORS = (
     "phc_conv_factored_",
     "block_dots",
     "epilogue_",
+    "kernel_matrix",
+    "within_scatter",
+    "asymmetry",
+    "cholesky_",
+    "cholesky_solve",
+    "times",
+    "band_reduce_",
+    "band_cholesky",
+    "band_solve",
+    "eigh_small",
     "isa",
 )
 _phm_linear = torch.ops.phydi_cpu.phm_linear.default

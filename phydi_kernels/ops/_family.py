@@ -85,11 +85,15 @@ def _without_autocast(implementation: Callable) -> Callable:
     return run
 
 
-def define(schema: str, implementation: Callable, cpu: Callable, fake: Callable) -> Any:
-    """Defines ``phydi::<schema>``: ``cpu`` on CPU tensors, ``implementation`` on every other device."""
+def define(
+    schema: str, implementation: Callable, cpu: Callable, fake: Callable, *, cuda: Callable | None = None
+) -> Any:
+    """Defines ``phydi::<schema>``: ``cpu`` and ``cuda`` on their tensors, ``implementation`` on every other device."""
     name = LIB.define(schema)
     LIB.impl(name, _without_autocast(implementation), "CompositeExplicitAutograd")
     LIB.impl(name, _without_autocast(cpu), "CPU")
+    if cuda is not None:
+        LIB.impl(name, _without_autocast(cuda), "CUDA")
     torch.library.register_fake(f"phydi::{name}", fake, lib=LIB)
     return getattr(torch.ops.phydi, name).default
 
@@ -220,7 +224,7 @@ def register_forward_vmap(family: Family, *, fold: bool = False) -> None:
         if any(d is not None for d in (*in_dims[1 : 2 + count], in_dims[-2])):
             return _each_sample(forward, info, in_dims, (x, *rest))
         size = info.batch_size
-        x, residual = _leading(x, in_dims[0], size), _leading(residual, in_dims[-3], size)
+        x, residual = leading(x, in_dims[0], size), leading(residual, in_dims[-3], size)
         if not fold:
             return forward(x, *others, residual, alpha, activation), 0
         folded = None if residual is None else residual.flatten(0, 1)
@@ -247,7 +251,7 @@ def _each_sample(op: Callable, info: Any, in_dims: Sequence[int | None], args: S
     return torch.stack(calls), 0
 
 
-def _leading(t: Tensor | None, dim: int | None, size: int) -> Tensor | None:
+def leading(t: Tensor | None, dim: int | None, size: int) -> Tensor | None:
     """The mapped dimension of ``t`` at the front, made by expansion where ``t`` is not mapped."""
     if t is None:
         return None
