@@ -1,8 +1,19 @@
-"""Parameterized hypercomplex layers as torch modules."""
+"""Parameterized hypercomplex layers and discriminant analysis as torch modules."""
 
+from .discriminant_loss import DiscriminantLoss
+from .kernel_discriminant import KernelDiscriminant
 from .phc_conv import PHConv1d, PHConv2d, PHConv3d
 from .phm_linear import PHMLinear
 from .phydi_linear import PHYDILinear
 from .phydi_residual import PHYDIResidual
 
-__all__ = ["PHConv1d", "PHConv2d", "PHConv3d", "PHMLinear", "PHYDILinear", "PHYDIResidual"]
+__all__ = [
+    "DiscriminantLoss",
+    "KernelDiscriminant",
+    "PHConv1d",
+    "PHConv2d",
+    "PHConv3d",
+    "PHMLinear",
+    "PHYDILinear",
+    "PHYDIResidual",
+]
