@@ -174,17 +174,23 @@ def conditioning(K: Tensor, c: Classes, rule: str, c_allow: float, tau_min: floa
     return (largest / c_allow).clamp_min(tau_min).unsqueeze(0)
 
 
-def _with_raises(factor, tau: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(L, tau, info) of factor(tau) -> (L, failed), with a raised tau where it fails."""
-    L, failed = factor(tau)
+def _with_raises(
+    attempt: Callable[[Tensor], tuple[Tensor, Tensor]], K: Tensor, c: Classes, tau: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(L, tau, info) of attempt(tau) -> (L, failed), with a raised tau where it fails."""
+    L, failed = attempt(tau)
     raises = torch.zeros_like(failed, dtype=torch.int32)
-    for _ in range(_RAISES):
+    for step in range(_RAISES):
         if not bool(failed.any()):
             break
-        smallest = torch.finfo(tau.dtype).tiny
-        tau = torch.where(failed, (tau * 10).clamp_min(smallest), tau)
+        if step == 0:
+            # Not below the rounding of S_w, and above 0 where that is all rounding.
+            N, info = K.shape[-1], torch.finfo(K.dtype)
+            of_K = (info.eps * K.abs().amax((-2, -1))) ** 2
+            least = info.eps * largest_eigenvalue(K, c) + N * of_K + info.tiny
+        tau = torch.where(failed, torch.maximum(10 * tau, least), tau)
         raises = raises + failed
-        L, failed = factor(tau)
+        L, failed = attempt(tau)
     return L, tau, torch.where(failed, -1, raises)
 
 
@@ -209,7 +215,7 @@ def _by_cholesky(K: Tensor, c: Classes, tau: Tensor) -> tuple[Factor, Tensor, Te
         G.diagonal(dim1=-2, dim2=-1).add_(tau.unsqueeze(-1))
         return _cholesky(G)
 
-    L, tau, info = _with_raises(attempt, tau)
+    L, tau, info = _with_raises(attempt, K, c, tau)
     return Factor(L, K.new_empty(0), K.new_empty(0)), tau, info
 
 
@@ -221,7 +227,7 @@ def _by_band(K: Tensor, c: Classes, tau: Tensor) -> tuple[Factor, Tensor, Tensor
         L, failed = _cpu.band_cholesky.default(band, tau)
         return L, failed != 0
 
-    L, tau, info = _with_raises(attempt, tau)
+    L, tau, info = _with_raises(attempt, K, c, tau)
     return Factor(L, S, blocks), tau, info
 
 
@@ -232,7 +238,7 @@ def factor(K: Tensor, c: Classes, tau: Tensor, solver: str) -> tuple[Factor, Ten
     if solver == "cg":
         return Factor(empty, empty, empty), tau, good
     if solver in ("eigh", "pinv"):
-        S = within_scatter(K, c)
+        S = within_scatter(K, c).tril()
         finite = S.isfinite().all(-1).all(-1)
         values, vectors = torch.linalg.eigh(torch.where(finite[:, None, None], S, 0))
         return Factor(values, vectors, empty), tau, torch.where(finite, good, -1)
@@ -242,9 +248,12 @@ def factor(K: Tensor, c: Classes, tau: Tensor, solver: str) -> tuple[Factor, Ten
         def by_qr(tau: Tensor) -> tuple[Tensor, Tensor]:
             ridge = tau.sqrt()[..., None, None] * torch.eye(K.shape[-1], dtype=K.dtype, device=K.device)
             R = torch.linalg.qr(torch.cat((B.expand_as(ridge), ridge), -2), mode="r").R
-            return R.mT, (R.diagonal(dim1=-2, dim2=-1) == 0).any(-1) | ~R.isfinite().all(-1).all(-1)
+            pivots = R.diagonal(dim1=-2, dim2=-1).abs()
+            # Not `>`: NaN fails.
+            singular = ~(pivots.amin(-1) > K.shape[-1] * torch.finfo(K.dtype).eps * pivots.amax(-1))
+            return R.mT, singular
 
-        L, tau, info = _with_raises(by_qr, tau)
+        L, tau, info = _with_raises(by_qr, K, c, tau)
         return Factor(L, empty, empty), tau, info
     return _by_band(K, c, tau) if solver == "band" else _by_cholesky(K, c, tau)
 
