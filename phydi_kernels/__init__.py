@@ -1,8 +1,9 @@
-"""Fused parameterized hypercomplex layers for PyTorch.
+"""Parameterized hypercomplex layers and kernel discriminant analysis for PyTorch.
 
     from phydi_kernels.nn import PHMLinear, PHYDILinear, PHConv2d
     from phydi_kernels.models import phresnet18
     from phydi_kernels import algebra, functional, optimize_for_inference
+    from phydi_kernels.discriminant import KernelDiscriminantAnalysis
 
 Importing does no work: a submodule is imported at its first use, and the compiled library is loaded by the first call
 that needs it.
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_SUBMODULES = ("algebra", "functional", "inference", "models", "nn")
+_SUBMODULES = ("algebra", "discriminant", "functional", "inference", "models", "nn")
 
 __all__ = ["__version__", "optimize_for_inference", *_SUBMODULES]
 

@@ -1,0 +1,57 @@
+"""The threshold on projected scores: Gaussians with one covariance for all classes, and priors.
+
+Functions take any leading dimensions, so that a search evaluates all its candidates at once.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def class_statistics(scores: Tensor, codes: Tensor, classes: int, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Means of the classes (..., L, l) and their pooled covariance (..., l, l), by maximum likelihood.
+
+    scores (..., N, l); codes (N,) in 0 ... L - 1; weights (N,) >= 0, positive for one sample of each class at least.
+    """
+    weighted = torch.nn.functional.one_hot(codes, classes).to(weights.dtype).mT * weights
+    # Seen from one of the samples, scores that are all the same are 0, without rounding.
+    origin = scores[..., :1, :]
+    means = weighted @ (scores - origin) / weighted.sum(-1, keepdim=True)
+    residual = scores - origin - means[..., codes, :]
+    return means + origin, (weights.unsqueeze(-1) * residual).mT @ residual / weights.sum()
+
+
+def orientation(means: Tensor) -> Tensor:
+    """Signs (l,) that put the last class above the first in each direction of the means (L, l).
+
+    Eigenvectors have no sign of their own. Where the last class is near the first, next to others, the class before it
+    takes its place.
+    """
+    difference = means - means[:1]
+    size = difference.abs()
+    far = (size >= size.amax(0) / 2).flip(0).to(torch.int8).argmax(0, keepdim=True)
+    return torch.where(difference.flip(0).gather(0, far)[0] < 0, -1.0, 1.0).to(means.dtype)
+
+
+def discriminant_scores(scores: Tensor, means: Tensor, covariance: Tensor, priors: Tensor) -> Tensor:
+    r"""Logarithms of the joint densities (..., n, L), less a term that all classes have in common.
+
+    .. math:: g_j(z) = (z - c)^T \Sigma^{-1} (m_j - c) - \tfrac12 |m_j - c|^2_{\Sigma^{-1}} + \log \pi_j
+
+    c is the mean of the class means, so :math:`g_j` is linear in z, and softmax of it over j gives the posterior.
+    A direction with a variance below sqrt(eps) of the largest of all samples, or below that of rounding, is taken to
+    have that variance: where the projection collapses every class to a point the nearest mean decides.
+    """
+    center = means.mean(-2, keepdim=True)
+    offset = means - center
+    total = covariance + offset.mT @ offset
+    largest = total.diagonal(dim1=-2, dim2=-1).amax(-1, keepdim=True)
+    eps = torch.finfo(scores.dtype).eps
+    rounding = (16 * eps * center.abs().amax(-1)).square()
+    floor = torch.maximum(eps**0.5 * largest, rounding)
+    variance, axes = torch.linalg.eigh(covariance)
+    variance = torch.maximum(variance, torch.where(floor > 0, floor, 1))
+    whiten = axes * variance.rsqrt().unsqueeze(-2)
+    offset = offset @ whiten
+    return ((scores - center) @ whiten) @ offset.mT - offset.square().sum(-1).unsqueeze(-2) / 2 + priors.log()
