@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from phydi_kernels import demo, models
-from phydi_kernels.demo import layer_times, report, training
+from phydi_kernels.demo import discriminant, layer_times, report, training
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
@@ -94,8 +94,9 @@ def test_json_states_what_was_run(finished):
     assert "path" not in results["environment"]["library"]
 
 
-def test_plot_is_written(finished):
-    picture = (finished[1] / "convergence.png").read_bytes()
+@pytest.mark.parametrize("name", ("convergence.png", "discriminant.png"))
+def test_plots_are_written(finished, name):
+    picture = (finished[1] / name).read_bytes()
     assert picture.startswith(PNG_SIGNATURE)
     width, height = (int.from_bytes(picture[i : i + 4], "big") for i in (16, 20))
     assert width >= 1000 and height >= 500
@@ -126,7 +127,93 @@ def test_tables_show_the_figures_of_the_json(finished):
         assert report.format_m1(run["m1_epochs"]) in row and f"{run['final_test_accuracy']:.1%}" in row
     for row in results["layer_times"]:
         assert f"{row['ours_over_linear']:.2f}" in printed and f"{row['dense_h_over_linear']:.2f}" in printed
-    assert "convergence.png" in printed and "demo.json" in printed
+    assert "convergence.png" in printed and "discriminant.png" in printed and "demo.json" in printed
+
+
+@pytest.fixture(scope="module")
+def experiment():
+    """GDA's experiment as the demo above ran it."""
+    return discriminant.run(3)
+
+
+def test_experiment_in_the_json_is_that_of_the_seed(finished, experiment):
+    expected = {key: value for key, value in experiment.summary.items() if key != "fit_seconds"}
+    recorded = dict(finished[2]["discriminant"])
+    assert recorded.pop("fit_seconds") > 0
+    assert recorded == expected
+    assert expected != discriminant.run(4).summary
+
+
+def test_gda_separates_what_lda_cannot(experiment):
+    error = experiment.summary["error"]
+    # Half of all points are of the largest class; to name it always is wrong for the other half.
+    assert 0.45 < error["lda"] <= 0.55
+    assert error["gda"] < 0.02
+    assert experiment.summary["train_points"] == 600
+    assert experiment.summary["held_out_points"] == len(experiment.points) == 1200
+
+
+def test_experiment_is_equations_3_to_23(experiment):
+    """Eigenvalues, tau and extracted features, from the scatter matrices and a generalised eigenproblem."""
+    summary = experiment.summary
+    X, labels = discriminant.draw_points(torch.Generator().manual_seed(3))
+    counts = labels.bincount().double()
+
+    def rbf(points):
+        return torch.exp(-summary["gamma"] * (points[:, None] - X).square().sum(2))
+
+    K = rbf(X)
+    D_w = counts[labels].diag() - (labels[:, None] == labels).double()
+    Omega = nn.functional.one_hot(labels).double() / counts - 1 / len(X)
+    S_w, S_b = K @ D_w @ K, K @ Omega @ counts.diag() @ Omega.T @ K
+    assert summary["tau"] == pytest.approx(torch.linalg.eigvalsh(S_w)[-1].item() / 1e8, rel=1e-3)
+    factor = torch.linalg.cholesky(S_w + summary["tau"] * torch.eye(len(X)))
+    reduced = torch.linalg.solve_triangular(
+        factor, torch.linalg.solve_triangular(factor, S_b, upper=False).T, upper=False
+    )
+    eigenvalues, vectors = torch.linalg.eigh(reduced)
+    assert summary["eigenvalues"] == pytest.approx(eigenvalues[[-1, -2]].tolist(), rel=1e-6)
+    A = torch.linalg.solve_triangular(factor.T, vectors[:, [-1, -2]], upper=True)
+    expected = rbf(experiment.points) @ A
+    signs = (expected * experiment.extracted).sum(0).sign()
+    torch.testing.assert_close(experiment.extracted, expected * signs, rtol=1e-4, atol=1e-6)
+
+
+def test_points_lie_around_their_class_radius():
+    points, labels = discriminant.draw_points(torch.Generator().manual_seed(0), copies=20)
+    assert labels.bincount().tolist() == [2000, 4000, 6000]
+    for label, radius in enumerate((0, 1, 2)):
+        distances = points[labels == label].norm(dim=1)
+        mean_square = radius**2 + discriminant.DEVIATION**2
+        assert distances.square().mean().item() == pytest.approx(mean_square, rel=0.05)
+        assert points[labels == label].mean(0).norm() < 0.1 * max(radius, discriminant.DEVIATION)
+        assert (distances - radius).abs().max() < 5 * discriminant.DEVIATION
+
+
+def test_discriminant_plot_shows_every_point(experiment):
+    figure = report.discriminant_figure(experiment)
+    for panel, expected in zip(figure.axes, (experiment.points, experiment.extracted), strict=True):
+        classes = {shown.get_label(): torch.as_tensor(shown.get_offsets().data) for shown in panel.collections}
+        for label, style in enumerate(report.CLASS_STYLES):
+            assert torch.equal(classes.pop(style["label"]), expected[experiment.labels == label])
+        assert not classes and panel.get_xlabel() and panel.get_ylabel()
+    (legend,) = figure.legends
+    assert [entry.get_text() for entry in legend.get_texts()] == [style["label"] for style in report.CLASS_STYLES]
+    for name, panel in zip(("lda", "gda"), figure.axes, strict=True):
+        assert f"{experiment.summary['error'][name]:.1%}" in panel.get_title()
+    for number, eigenvalue in enumerate(experiment.summary["eigenvalues"]):
+        label = (figure.axes[1].get_xlabel(), figure.axes[1].get_ylabel())[number]
+        assert f"{eigenvalue:.3g}" in label and f"_{number + 1}$" in label
+    assert all(len({style[key] for style in report.CLASS_STYLES}) == 3 for key in ("color", "marker"))
+
+
+def test_discriminant_table_shows_the_figures(finished):
+    summary, printed = finished[2]["discriminant"], finished[3]
+    for line, name in (("(Fig. 1), LDA", "lda"), ("(Fig. 2)", "gda")):
+        (row,) = (row for row in printed.splitlines() if line in row)
+        assert row.endswith(f"{summary['error'][name]:.1%}")
+    for value in (*(f"{e:.4g}" for e in summary["eigenvalues"]), f"tau = {summary['tau']:.2g} (Eq. 23)"):
+        assert value in printed
 
 
 def test_threads_are_restored():
