@@ -12,12 +12,14 @@ from typing import Any
 import torch
 
 from . import __version__
-from .kernels import cpu
+from .kernels import cpu, cuda
 
 _CONV_OPS = ("", "_input_grad", "_weight_grad", "_factored", "_factored_input_grad", "_factored_grad")
 OPS = ("phm_linear", "phm_linear_weight_grad", "phm_linear_factored", "phm_linear_factored_grad") + tuple(
     f"phc_conv{d}d{suffix}" for d in (1, 2, 3) for suffix in _CONV_OPS
 )
+OPS += ("kernel_matrix", "gda_factor", "gda_apply", "symmetric_times", "eigh_small")
+_WITH_CUDA_KERNELS = ("kernel_matrix", "gda_factor", "eigh_small")
 
 _REFERENCE = "reference (composed torch ops)"
 # Flags of /proc/cpuinfo on x86-64 and on aarch64 that matter to matrix kernels.
@@ -38,6 +40,8 @@ def build_info() -> dict[str, Any] | None:
 
 def implementation(op: str, device_type: str) -> str:
     """What ``torch.ops.phydi.<op>`` runs on tensors of a device type, as ``info`` and ``selftest`` name it."""
+    if device_type == "cuda" and op in _WITH_CUDA_KERNELS and not cuda.load():
+        return "CUDA C++"
     if device_type != "cpu":
         return _REFERENCE
     return "reference (library not loaded)" if cpu.load() else f"C++ {torch.ops.phydi_cpu.isa()}"

@@ -18,6 +18,9 @@ from .info import implementation
 
 # Imported to define the convolutions, which are called by their names in torch.ops.phydi.
 from .ops import phc_conv, phc_conv_factored, phm_linear, phm_linear_factored  # noqa: F401
+from .ops.eigh_small import eigh_small
+from .ops.gda_solve import gda_apply, gda_factor, symmetric_times
+from .ops.kernel_matrix import NAMES, kernel_matrix
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -26,6 +29,9 @@ LINEAR_SHAPES = ((1, 4, 4, 4, 64, 64), (37, 3, 2, 5, 17, 9), (256, 4, 4, 4, 64, 
 # batch, n, P, Q, p, q, stride, dilation; kernel 3, padding 1.
 CONV_SHAPES = ((3, 2, 3, 2, 5, 3, 2, 2), (4, 4, 4, 4, 8, 8, 1, 1))
 CONV_SIZES = {1: (61,), 2: (13, 12), 3: (6, 5, 7)}
+# problems, samples, features and classes of the discriminant analysis, which knows no 16-bit types.
+GDA_SHAPES = ((3, 37, 5, 3), (1, 150, 40, 10))
+GDA_DTYPES = (torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -79,6 +85,8 @@ def check(device: torch.device) -> Iterator[Result]:
         cases = [case for shape in LINEAR_SHAPES for case in _linear_cases(shape, dtype, generator)]
         for d in CONV_SIZES:
             cases += [case for shape in CONV_SHAPES for case in _conv_cases(d, shape, dtype, generator)]
+        if dtype in GDA_DTYPES:
+            cases += [case for shape in GDA_SHAPES for case in _gda_cases(shape, dtype, generator)]
         groups: dict[str, list[Case]] = {}
         for name, case in cases:
             groups.setdefault(name, []).append(case)
@@ -90,7 +98,7 @@ def _compare(name: str, dtype: torch.dtype, cases: list[Case], device: torch.dev
     pairs = []
     for case in cases:
         args = [a.to(device) if isinstance(a, Tensor) else a for a in case.args]
-        exact = [a.double() if isinstance(a, Tensor) else a for a in case.args]
+        exact = [a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in case.args]
         pairs.append((deviation(case.op(*args), case.expected(*exact)), tolerance(dtype, case.terms)))
     error, allowed = max(pairs, key=lambda pair: pair[0] / pair[1])
     return Result(name, dtype, error, allowed, _microseconds(lambda: case.op(*args), device))
@@ -181,6 +189,39 @@ def _conv_cases(
     for suffix, (args, terms) in calls.items():
         name = f"phc_conv{d}d{suffix}"
         yield name, Case(getattr(torch.ops.phydi, name), getattr(reference, f"phc_conv{suffix}"), args, terms)
+
+
+def _gda_cases(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple[str, Case]]:
+    problems, samples, features, classes = shape
+    normal = _normal(dtype, generator)
+    # Half the points are positive, as the chi2 kernels ask.
+    X, Y = normal(problems, samples, features).abs(), normal(problems, samples // 2, features).abs()
+    gamma = torch.tensor([[0.5], [1.0]], dtype=dtype).expand(2, problems) / features
+    for name in NAMES:
+        for other in (Y, None):
+            args: tuple[Any, ...] = (X, other, gamma, name, 3, 1.0)
+            # Four products a feature in |x|^2 + |y|^2 - 2 x.y, and a cube has three times the relative error of its base.
+            yield "kernel_matrix", Case(kernel_matrix, reference.kernel_matrix, args, 3**2 * 4 * features)
+    S = normal(problems, classes, classes)
+    yield "eigh_small", Case(lambda S: eigh_small(S)[0], lambda S: reference.eigh_small(S)[0], (S + S.mT,), classes**2)
+    K = reference.kernel_matrix(X, None, gamma[:1], "rbf", 3, 1.0)[0]
+    x = normal(problems, samples, classes)
+    yield "symmetric_times", Case(symmetric_times, torch.matmul, (K, x), samples)
+    codes = torch.arange(samples).remainder(classes).expand(problems, -1)
+    # tau of the size of S_w: its condition is not what is tested.
+    tau = torch.full((1, problems), float(samples), dtype=dtype)
+    yield "gda_apply", Case(_regularised_solve, _formed_solve, (K, codes, tau, x, classes), 4 * samples)
+
+
+def _regularised_solve(K: Tensor, codes: Tensor, tau: Tensor, x: Tensor, classes: int) -> Tensor:
+    structure = (K, codes, torch.ones_like(K[..., 0]), classes, "paper")
+    *factor, tau, _ = gda_factor(*structure, tau, "given", 1e5, 0.0, "cholesky")
+    return gda_apply(*structure, tau, *factor, x.unsqueeze(0), "cholesky")[0][0]
+
+
+def _formed_solve(K: Tensor, codes: Tensor, tau: Tensor, x: Tensor, classes: int) -> Tensor:
+    S = reference.within_scatter(K, reference.class_structure(codes, torch.ones_like(K[..., 0]), classes, "paper"))
+    return torch.linalg.solve(S + tau[0, :, None, None] * torch.eye(K.shape[-1], dtype=K.dtype), x)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
