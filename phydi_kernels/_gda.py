@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ._check import check_finite, check_integer
 from .kernels.gda_solve import asymmetry, plan
+from .ops._autograd import autocast_enabled, without_autocast
 from .ops.eigh_small import eigh_small
 from .ops.gda_solve import gda_apply, gda_factor, symmetric_times
 from .ops.kernel_matrix import kernel_matrix as _kernel_matrix
@@ -60,9 +61,8 @@ def _check_one_of(name: str, value: Any, allowed: Sequence[str]) -> None:
 
 def _float32_under_autocast(t: Any) -> Any:
     """torch.cdist and torch.linalg run in float32 under autocast, and so do these functions."""
-    if not isinstance(t, Tensor) or t.device.type == "meta" or not torch.is_autocast_enabled(t.device.type):
-        return t
-    return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
+    casts = isinstance(t, Tensor) and t.dtype in (torch.float16, torch.bfloat16) and autocast_enabled(t.device)
+    return t.float() if casts else t
 
 
 class _Batch:
@@ -251,6 +251,8 @@ def encode_labels(labels: Any, device: torch.device) -> tuple[Tensor, int]:
             while flat and isinstance(flat[0], (list, tuple)):
                 shape.append(len(flat))
                 flat = [entry for row in flat for entry in row]
+            if any(label != label for label in flat):
+                raise ValueError("labels contain NaN")
             order = {label: code for code, label in enumerate(sorted(set(flat)))}
             codes = torch.tensor([order[label] for label in flat], device=device)
             return codes.reshape(*shape, -1) if shape else codes, len(order)
@@ -343,7 +345,8 @@ def gda_solve(
         batch.of_other(K, 2), batch.of_other(codes, 1), batch.of_other(root, 1), classes, weighting, solver
     )
     taus = None if coefficient is None else batch.of_small(coefficient)
-    solution = _solve_all(problem, taus, rule, c_allow, tau_min, components)
+    with without_autocast(K.device):
+        solution = _solve_all(problem, taus, rule, c_allow, tau_min, components)
     return GDASolution(*(batch.result(t) for t in solution))
 
 
@@ -567,7 +570,7 @@ def discriminant_criterion(
     for name, value, least in (("tau", tau, 0), ("c_allow", c_allow, 1), ("tau_min", tau_min, 0)):
         if value is not None and check_finite(name, value) <= least:
             raise ValueError(f"{name}={value} must be > {least}")
-    with torch.autocast(features.device.type, enabled=False):
+    with without_autocast(features.device):
         one_hot = torch.nn.functional.one_hot(codes, classes).to(features.dtype)
         count = one_hot.sum(0)
         means = (one_hot.mT @ features) / count.clamp_min(1).unsqueeze(-1)

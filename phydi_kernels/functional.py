@@ -23,7 +23,7 @@ from .ops import phc_conv as _phc_conv
 from .ops import phc_conv_factored as _phc_conv_factored
 from .ops import phm_linear as _phm_linear
 from .ops import phm_linear_factored as _phm_linear_factored
-from .ops._autograd import may_skip_dispatch
+from .ops._autograd import autocast_enabled, may_skip_dispatch
 from .ops._family import Operator
 from .reference import compute_dtype
 
@@ -366,8 +366,7 @@ def _conv(
 def _autocast_enabled(x: Tensor) -> bool:
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a torch.Tensor, not {type(x).__name__}")
-    device = x.device.type
-    return device != "meta" and torch.is_autocast_enabled(device)  # torch knows no autocast for meta tensors
+    return autocast_enabled(x.device)
 
 
 def _autocast(x: Tensor, algebra: dict[str, Any], F: Any, bias: Any, alpha: Any, residual: Any) -> tuple[Any, ...]:

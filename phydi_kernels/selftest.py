@@ -220,7 +220,8 @@ def _regularised_solve(K: Tensor, codes: Tensor, tau: Tensor, x: Tensor, classes
 
 
 def _formed_solve(K: Tensor, codes: Tensor, tau: Tensor, x: Tensor, classes: int) -> Tensor:
-    S = reference.within_scatter(K, reference.class_structure(codes, torch.ones_like(K[..., 0]), classes, "paper"))
+    structure = reference.class_structure(codes, torch.ones_like(K[..., 0]), classes, "paper")
+    S = reference.within_scatter(K, structure)
     return torch.linalg.solve(S + tau[0, :, None, None] * torch.eye(K.shape[-1], dtype=K.dtype), x)
 
 

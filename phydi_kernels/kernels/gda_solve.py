@@ -122,7 +122,10 @@ def within_scatter(K: Tensor, c: Classes) -> Tensor:
 
 
 def largest_eigenvalue(K: Tensor, c: Classes) -> Tensor:
-    """lambda_max of S_w (P,), by the Lanczos method on the unformed operator: power steps that are all kept."""
+    """lambda_max of S_w (P,), by the Lanczos method on the unformed operator: power steps that are all kept.
+
+    NaN for a problem with NaN or infinity in it.
+    """
     P, N, _ = K.shape
     start = torch.randn(N, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     v = (start.to(K) * (c.root > 0)).unsqueeze(-1)
@@ -132,9 +135,12 @@ def largest_eigenvalue(K: Tensor, c: Classes) -> Tensor:
     diagonal: list[Tensor] = []
     below: list[Tensor] = []
     found = torch.zeros(P, dtype=K.dtype, device=K.device)
+    lost = torch.zeros(P, dtype=torch.bool, device=K.device)
     for _ in range(min(N, _LANCZOS_STEPS)):
         basis.append(v)
         w = within_times(K, c, v.unsqueeze(0))[1][0]
+        lost = lost | ~w.isfinite().all(-2).all(-1)
+        w = torch.where(lost[:, None, None], 0, w)
         diagonal.append((v * w).sum((-2, -1)))
         Q = torch.cat(basis, -1)
         for _ in range(2):  # once more against the rounding of the first
@@ -145,8 +151,6 @@ def largest_eigenvalue(K: Tensor, c: Classes) -> Tensor:
         if len(basis) > 1:
             off = torch.diag_embed(torch.stack(below[:-1], -1), offset=-1)
             projected = projected + off + off.mT
-        if not bool(projected.isfinite().all()):
-            return torch.full_like(found, torch.nan).where(~projected.isfinite().all(-1).all(-1), found)
         values, vectors = torch.linalg.eigh(projected)
         found = values[:, -1].clamp_min(0)
         # The residual of the Ritz pair bounds the error of its value.
@@ -154,7 +158,7 @@ def largest_eigenvalue(K: Tensor, c: Classes) -> Tensor:
         if bool((error**2 <= torch.finfo(K.dtype).eps * found**2).all()):
             break
         v = w / torch.where(size > 0, size, 1)
-    return found
+    return torch.where(lost, torch.nan, found)
 
 
 def one_norm(K: Tensor, c: Classes) -> Tensor:
@@ -174,11 +178,15 @@ def conditioning(K: Tensor, c: Classes, rule: str, c_allow: float, tau_min: floa
     return (largest / c_allow).clamp_min(tau_min).unsqueeze(0)
 
 
+def _factor(K: Tensor, *tensors: Tensor) -> Factor:
+    return Factor(*tensors, *(K.new_empty(0) for _ in range(3 - len(tensors))))
+
+
 def _with_raises(
-    attempt: Callable[[Tensor], tuple[Tensor, Tensor]], K: Tensor, c: Classes, tau: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(L, tau, info) of attempt(tau) -> (L, failed), with a raised tau where it fails."""
-    L, failed = attempt(tau)
+    attempt: Callable[[Tensor], tuple[Factor, Tensor]], K: Tensor, c: Classes, tau: Tensor
+) -> tuple[Factor, Tensor, Tensor]:
+    """(factor, tau, info) of attempt(tau) -> (factor, failed), with a raised tau where it fails."""
+    found, failed = attempt(tau)
     raises = torch.zeros_like(failed, dtype=torch.int32)
     for step in range(_RAISES):
         if not bool(failed.any()):
@@ -190,8 +198,8 @@ def _with_raises(
             least = info.eps * largest_eigenvalue(K, c) + N * of_K + info.tiny
         tau = torch.where(failed, torch.maximum(10 * tau, least), tau)
         raises = raises + failed
-        L, failed = attempt(tau)
-    return L, tau, torch.where(failed, -1, raises)
+        found, failed = attempt(tau)
+    return found, tau, torch.where(failed, -1, raises)
 
 
 def _cholesky(G: Tensor) -> tuple[Tensor, Tensor]:
@@ -205,7 +213,7 @@ def _cholesky(G: Tensor) -> tuple[Tensor, Tensor]:
 def _by_cholesky(K: Tensor, c: Classes, tau: Tensor) -> tuple[Factor, Tensor, Tensor]:
     kept: list[Tensor] = []
 
-    def attempt(tau: Tensor) -> tuple[Tensor, Tensor]:
+    def attempt(tau: Tensor) -> tuple[Factor, Tensor]:
         S = kept[0] if kept else within_scatter(K, c)
         if len(tau) == 1:
             G = S.unsqueeze(0)  # overwritten: S_w is formed again in the rare case that the factorisation fails
@@ -213,49 +221,63 @@ def _by_cholesky(K: Tensor, c: Classes, tau: Tensor) -> tuple[Factor, Tensor, Te
             kept[:] = [S]
             G = S.expand(len(tau), *S.shape).clone()
         G.diagonal(dim1=-2, dim2=-1).add_(tau.unsqueeze(-1))
-        return _cholesky(G)
+        L, failed = _cholesky(G)
+        return _factor(K, L), failed
 
-    L, tau, info = _with_raises(attempt, K, c, tau)
-    return Factor(L, K.new_empty(0), K.new_empty(0)), tau, info
+    return _with_raises(attempt, K, c, tau)
 
 
 def _by_band(K: Tensor, c: Classes, tau: Tensor) -> tuple[Factor, Tensor, Tensor]:
     S = within_scatter(K, c)
     band, blocks = _cpu.band_reduce_.default(S)
+    S.tril_()
 
-    def attempt(tau: Tensor) -> tuple[Tensor, Tensor]:
+    def attempt(tau: Tensor) -> tuple[Factor, Tensor]:
         L, failed = _cpu.band_cholesky.default(band, tau)
-        return L, failed != 0
+        return Factor(L, S, blocks), failed != 0
 
-    L, tau, info = _with_raises(attempt, K, c, tau)
-    return Factor(L, S, blocks), tau, info
+    return _with_raises(attempt, K, c, tau)
+
+
+def _by_qr(K: Tensor, c: Classes, tau: Tensor) -> tuple[Factor, Tensor, Tensor]:
+    """L = R^T of [B^T; sqrt(tau) I] = Q R: the condition of G_w is never squared."""
+    B = centered_kernel(K, c).mT
+
+    def attempt(tau: Tensor) -> tuple[Factor, Tensor]:
+        ridge = tau.sqrt()[..., None, None] * torch.eye(K.shape[-1], dtype=K.dtype, device=K.device)
+        R = torch.linalg.qr(torch.cat((B.expand_as(ridge), ridge), -2), mode="r").R
+        pivots = R.diagonal(dim1=-2, dim2=-1).abs()
+        # Not `>`: NaN fails.
+        singular = ~(pivots.amin(-1) > K.shape[-1] * torch.finfo(K.dtype).eps * pivots.amax(-1))
+        return _factor(K, R.mT.contiguous()), singular
+
+    return _with_raises(attempt, K, c, tau)
 
 
 def factor(K: Tensor, c: Classes, tau: Tensor, solver: str) -> tuple[Factor, Tensor, Tensor]:
     """(factor, tau, info) for one of the solvers."""
-    empty = K.new_empty(0)
+    if solver == "band":
+        return _by_band(K, c, tau)
+    if solver == "cholesky":
+        return _by_cholesky(K, c, tau)
+    if solver == "qr":
+        return _by_qr(K, c, tau)
     good = torch.zeros(tau.shape, dtype=torch.int32, device=K.device)
     if solver == "cg":
-        return Factor(empty, empty, empty), tau, good
-    if solver in ("eigh", "pinv"):
-        S = within_scatter(K, c).tril()
-        finite = S.isfinite().all(-1).all(-1)
-        values, vectors = torch.linalg.eigh(torch.where(finite[:, None, None], S, 0))
-        return Factor(values, vectors, empty), tau, torch.where(finite, good, -1)
-    if solver == "qr":
-        B = centered_kernel(K, c).mT
+        return _factor(K), tau, good
+    S = within_scatter(K, c).tril()
+    finite = S.isfinite().all(-1).all(-1)
+    values, vectors = torch.linalg.eigh(torch.where(finite[:, None, None], S, 0))
+    kept = _factor(K, values, vectors.contiguous())
+    if solver == "pinv":
+        return kept, tau, torch.where(finite, good, -1)
+    least, largest = values.amin(-1).clamp_min(0), values.amax(-1)
 
-        def by_qr(tau: Tensor) -> tuple[Tensor, Tensor]:
-            ridge = tau.sqrt()[..., None, None] * torch.eye(K.shape[-1], dtype=K.dtype, device=K.device)
-            R = torch.linalg.qr(torch.cat((B.expand_as(ridge), ridge), -2), mode="r").R
-            pivots = R.diagonal(dim1=-2, dim2=-1).abs()
-            # Not `>`: NaN fails.
-            singular = ~(pivots.amin(-1) > K.shape[-1] * torch.finfo(K.dtype).eps * pivots.amax(-1))
-            return R.mT, singular
+    def attempt(tau: Tensor) -> tuple[Factor, Tensor]:
+        # Not `>`: NaN fails.
+        return kept, ~((least + tau > torch.finfo(K.dtype).eps * largest) & (least + tau > 0) & finite)
 
-        L, tau, info = _with_raises(by_qr, K, c, tau)
-        return Factor(L, empty, empty), tau, info
-    return _by_band(K, c, tau) if solver == "band" else _by_cholesky(K, c, tau)
+    return _with_raises(attempt, K, c, tau)
 
 
 def _by_factor(f: Factor, tau: Tensor, rhs: Tensor, solver: str) -> Tensor:

@@ -9,12 +9,23 @@ next transform or to the device.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
+
+
+def autocast_enabled(device: torch.device) -> bool:
+    # torch knows no autocast for meta tensors.
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """A context in which autocast does not reach into what runs on a device."""
+    return torch.autocast(device.type, enabled=False) if autocast_enabled(device) else nullcontext()
 
 
 def register_autograd(library: torch.library.Library, op: Any, backward: Callable, setup_context: Callable) -> None:
@@ -29,7 +40,12 @@ def register_autograd(library: torch.library.Library, op: Any, backward: Callabl
     def jvp(ctx: Any, *tangents: Any) -> Any:
         raise NotImplementedError(f"{op.name()} has no forward-mode derivative; use reverse mode (backward, jacrev)")
 
-    members = {"forward": forward, "setup_context": setup_context, "backward": backward, "jvp": jvp}
+    def backward_as_forward(ctx: Any, *grads: Any) -> Any:
+        given = next((g for g in grads if isinstance(g, Tensor)), None)
+        with nullcontext() if given is None else without_autocast(given.device):
+            return backward(ctx, *grads)
+
+    members = {"forward": forward, "setup_context": setup_context, "backward": backward_as_forward, "jvp": jvp}
     function: Any = type(
         op.name().replace("::", "_"),
         (torch.autograd.function._SingleLevelFunction,),

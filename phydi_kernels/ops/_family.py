@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._autograd import register_autograd
+from ._autograd import autocast_enabled, register_autograd, without_autocast
 
 LIB = torch.library.Library("phydi", "DEF")
 
@@ -76,10 +76,11 @@ def _without_autocast(implementation: Callable) -> Callable:
     """Autocast would reach into an operator that runs inside it, as a backward may."""
 
     def run(*args: Any) -> Any:
-        device = args[0].device.type
-        if device == "meta" or not torch.is_autocast_enabled(device):
+        device = args[0].device
+        # No context where it does nothing: that would cost a small call as much as a kernel.
+        if not autocast_enabled(device):
             return implementation(*args)
-        with torch.autocast(device, enabled=False):
+        with without_autocast(device):
             return implementation(*args)
 
     return run
