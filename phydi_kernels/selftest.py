@@ -200,7 +200,7 @@ def _gda_cases(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Gene
     for name in NAMES:
         for other in (Y, None):
             args: tuple[Any, ...] = (X, other, gamma, name, 3, 1.0)
-            # Four products a feature in |x|^2 + |y|^2 - 2 x.y, and a cube has three times the relative error of its base.
+            # Four products a feature in |x|^2 + |y|^2 - 2 x.y; a cube has three times the relative error of its base.
             yield "kernel_matrix", Case(kernel_matrix, reference.kernel_matrix, args, 3**2 * 4 * features)
     S = normal(problems, classes, classes)
     yield "eigh_small", Case(lambda S: eigh_small(S)[0], lambda S: reference.eigh_small(S)[0], (S + S.mT,), classes**2)

@@ -18,12 +18,12 @@ struct KernelMatrix {
   Kernel kernel;
   int64_t G, B, N, M, d, degree;
   T coef0;
-  const T *X, *Y;  // Y null: X
+  bool symmetric;
+  const T *X, *Y;  // Y is X if symmetric
   const T* gamma;  // (G, B)
   T* out;          // (G, B, N, M)
   const Threads& threads;
 
-  bool symmetric() const { return Y == nullptr; }
   Kernel pairwise() const {
     switch (kernel) {
       case Kernel::dot:
@@ -67,7 +67,7 @@ struct KernelMatrix {
     for (int64_t first = 0; first < B; first += together) {
       const int64_t some = std::min(together, B - first);
       const auto points = [&](int64_t p) { return X + (first + p) * N * d; };
-      const auto others = [&](int64_t p) { return Y ? Y + (first + p) * M * d : points(p); };
+      const auto others = [&](int64_t p) { return Y + (first + p) * M * d; };
       const auto origin = [&](int64_t p) { return expand ? center.get() + p * d : nullptr; };
       if (expand) {
         parallel(threads, some, [&](int64_t p) {
@@ -118,7 +118,7 @@ struct KernelMatrix {
   void row_block(int64_t b, int64_t i0, const T* x, const T* packed, const T* o, const T* x_lengths,
                  const T* y_lengths) const {
     const int64_t rows = std::min(kGramRows, N - i0), padded = round_up(rows, kTileRows);
-    const int64_t columns = symmetric() ? std::min(M, i0 + rows) : M;
+    const int64_t columns = symmetric ? std::min(M, i0 + rows) : M;
     const int64_t chunks = std::max<int64_t>(1, ceil_div(d, kGramDepth)), chunk_size = padded * kGramStride<T>;
     Scratch<T> a(chunks * chunk_size), s(padded * kBlockColumns);
     for (int64_t c = 0; c < chunks; ++c) {
@@ -139,14 +139,14 @@ struct KernelMatrix {
         T* row = s.get() + i * kBlockColumns;
         if (o) distances(row, width, x_lengths[i0 + i], y_lengths + j0);
         // A point is at no distance from itself; NaN stays NaN.
-        if (symmetric() && pairwise() != Kernel::dot && i0 + i >= j0 && i0 + i < j0 + width) row[i0 + i - j0] *= 0;
+        if (symmetric && pairwise() != Kernel::dot && i0 + i >= j0 && i0 + i < j0 + width) row[i0 + i - j0] *= 0;
         for (int64_t g = 0; g < G; ++g) {
           T* to = out + ((g * B + b) * N + i0 + i) * M + j0;
           profile(row, width, gamma[g * B + b], to);
         }
       }
     }
-    if (!symmetric()) return;
+    if (!symmetric) return;
     for (int64_t g = 0; g < G; ++g) {
       T* K = out + (g * B + b) * N * M;
       for (int64_t i = i0; i < i0 + rows; i += kLanes<T>)
@@ -212,8 +212,9 @@ struct KernelMatrix {
 
 }  // namespace
 
-void kernel_matrix(DType dtype, Kernel kernel, int64_t G, int64_t B, int64_t N, int64_t M, int64_t d, const void* X,
-                   const void* Y, const void* gamma, int64_t degree, double coef0, void* out, const Threads& threads) {
+void kernel_matrix(DType dtype, Kernel kernel, int64_t G, int64_t B, int64_t N, int64_t M, int64_t d, bool symmetric,
+                   const void* X, const void* Y, const void* gamma, int64_t degree, double coef0, void* out,
+                   const Threads& threads) {
   const auto run = [&](auto zero) {
     using T = decltype(zero);
     KernelMatrix<T>{kernel,
@@ -224,6 +225,7 @@ void kernel_matrix(DType dtype, Kernel kernel, int64_t G, int64_t B, int64_t N, 
                     d,
                     degree,
                     T(coef0),
+                    symmetric,
                     static_cast<const T*>(X),
                     static_cast<const T*>(Y),
                     static_cast<const T*>(gamma),

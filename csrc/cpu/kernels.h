@@ -133,9 +133,11 @@ struct ChannelEpilogue {
   void block_dots(DType, const Image& x, void* const* parts, int64_t R, int64_t Q, void* out, const Threads&);         \
   /* The epilogue of h = y, in place. */                                                                               \
   void epilogue(DType, const Image& y, const ChannelEpilogue&, const Threads&);                                        \
-  /* out (G, B, N, M) = f(gamma s(x, y)) for X (B, N, d), Y (B, M, d) or null for X, gamma (G, B); all contiguous. */  \
-  void kernel_matrix(DType, Kernel, int64_t G, int64_t B, int64_t N, int64_t M, int64_t d, const void* X,              \
-                     const void* Y, const void* gamma, int64_t degree, double coef0, void* out, const Threads&);       \
+  /* out (G, B, N, M) = f(gamma s(x, y)) for X (B, N, d), Y (B, M, d), which is X if symmetric, gamma (G, B); all      \
+     contiguous. */                                                                                                    \
+  void kernel_matrix(DType, Kernel, int64_t G, int64_t B, int64_t N, int64_t M, int64_t d, bool symmetric,             \
+                     const void* X, const void* Y, const void* gamma, int64_t degree, double coef0, void* out,         \
+                     const Threads&);                                                                                  \
   /* The lower triangle of G (P, N, N) = B B^T, B_ij = root_i root_j scale_c(j) (K_ij - means_ic(j)), and means (P, N, \
      L), of class c and weights root^2; K (P, N, N) with rows of N, codes c and root (P, N), counts and scale (P, L).  \
      Above the diagonal G is undefined. */                                                                             \

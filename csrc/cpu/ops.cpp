@@ -655,12 +655,10 @@ Tensor kernel_matrix(Tensor X, std::optional<Tensor> Y, Tensor gamma, int64_t ke
                         k == Kernel::chi2_distance;
   const int64_t G = pairwise ? 1 : gamma.size(0);
   check_shape(gamma, X, {gamma.size(0), B});
-  const Tensor x = dense(X), scales = dense(gamma);
-  std::optional<Tensor> y;
-  if (Y) y = dense(*Y);
+  const Tensor x = dense(X), y = Y ? dense(*Y) : x, scales = dense(gamma);
   Tensor out = new_large(X, {G, B, N, M});
   if (out.numel() > 0)
-    kernels().kernel_matrix(dtype_of(X), k, G, B, N, M, d, x.const_data_ptr(), y ? y->const_data_ptr() : nullptr,
+    kernels().kernel_matrix(dtype_of(X), k, G, B, N, M, d, !Y, x.const_data_ptr(), y.const_data_ptr(),
                             scales.const_data_ptr(), degree, coef0, out.mutable_data_ptr(), threads());
   return out;
 }

@@ -20,6 +20,8 @@ from . import cpu, cuda
 _RAISES = 12
 # Steps of iterative refinement that bring the factor's solution to that of a QR factorisation.
 _REFINEMENTS = {torch.float64: 1, torch.float32: 2}
+# ... and their limit, for a factor that is worse than expected: G_w at a condition of 1e13.
+_MOST_REFINEMENTS = 4
 _LANCZOS_STEPS = 80
 BANDWIDTH = 32  # kBandwidth in csrc/cpu/kernels.h
 # From these sizes on, one reduction to a band is faster than a factorisation for each tau.
@@ -303,8 +305,7 @@ def _by_conjugate_gradients(K: Tensor, c: Classes, tau: Tensor, rhs: Tensor) -> 
     square = (r * r).sum(-2, keepdim=True)
     goal = square * (100 * torch.finfo(K.dtype).eps) ** 2
     for _ in range(10 * K.shape[-1]):
-        # Not `>`: a NaN must end the loop as well.
-        running = square > goal
+        running = square > goal  # false for NaN, which ends the loop
         if not bool(running.any()):
             break
         q = within_times(K, c, p)[1] + tau[..., None, None] * p
@@ -315,6 +316,13 @@ def _by_conjugate_gradients(K: Tensor, c: Classes, tau: Tensor, rhs: Tensor) -> 
         before, square = square, torch.where(running, (r * r).sum(-2, keepdim=True), square)
         p = r + torch.where(before > 0, square / torch.where(before > 0, before, 1), 0) * p
     return x, (square <= goal).all(-1).all(-1)
+
+
+def _is_small(correction: Tensor, X: Tensor) -> bool:
+    """Whether what a further step would change lies below rounding: the factor's error, squared."""
+    limit = torch.finfo(X.dtype).eps ** (1 / 3) * X.norm(dim=-2)
+    # NaN counts as small: no step mends it.
+    return not bool((correction.norm(dim=-2) > limit).any())
 
 
 def apply(K: Tensor, c: Classes, tau: Tensor, f: Factor, rhs: Tensor, solver: str) -> tuple[Tensor, Tensor]:
@@ -332,13 +340,14 @@ def apply(K: Tensor, c: Classes, tau: Tensor, f: Factor, rhs: Tensor, solver: st
     ridge, scatter = tau[..., None, None], c.scatter.unsqueeze(-1)
     root = torch.where(scatter > 0, scatter, 1).rsqrt()
     steps = _REFINEMENTS[K.dtype] if solver in ("cholesky", "band", "eigh") else 0
-    while True:
+    correction = None
+    for step in range(_MOST_REFINEMENTS):
         weighted, product = within_times(K, c, X)
         residual = rhs - product - ridge * X
         correction = _by_factor(f, tau, residual, solver) if steps else None
-        if correction is None or steps == 1:
+        if correction is None or (step + 1 >= steps and _is_small(correction, X)):
             break
-        X, steps = X + correction, steps - 1
+        X = X + correction
     half = root * weighted
     cross = X.mT @ residual
     T = half.mT @ half + ridge * (X.mT @ X) + cross + cross.mT

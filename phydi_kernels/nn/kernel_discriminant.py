@@ -62,7 +62,7 @@ class KernelDiscriminant(Module):
             raise TypeError(f"points have dtype {points.dtype} and coefficients {coefficients.dtype}; both must agree")
         self.register_buffer("points", points.detach().clone())
         self.register_buffer("coefficients", coefficients.detach().clone())
-        scale = None if lengthscale is None else torch.as_tensor(lengthscale).to(points)
+        scale = None if lengthscale is None else torch.as_tensor(lengthscale, dtype=points.dtype, device=points.device)
         self.register_buffer("lengthscale", scale)
         self.kernel, self.gamma, self.degree, self.coef0, self.nu = kernel, gamma, degree, coef0, nu
         self._project(self.points[:1])

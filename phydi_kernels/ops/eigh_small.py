@@ -40,7 +40,7 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, d_values, d_vectors):
     values, vectors = ctx.saved_tensors
     inner = torch.diag_embed(d_values)
-    if d_vectors is not None:
+    if d_vectors is not None and values.shape[-1] > 0:
         gap = values.unsqueeze(-2) - values.unsqueeze(-1)
         # A basis of equal eigenvalues is arbitrary, and what depends on it has no derivative: 0, not NaN.
         equal = gap.abs() <= values.shape[-1] * torch.finfo(values.dtype).eps * values.abs().amax(-1)[..., None, None]
