@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ import pytest
 import report
 import torch
 from rivals import MIN_ROUNDS, Rival, check_results, paired_times, synchronize
+from threadpoolctl import threadpool_limits
 
 HERE = Path(__file__).resolve().parent
 ROWS = pytest.StashKey[list[dict[str, Any]]]()
+OUTRUN = pytest.StashKey[list[dict[str, Any]]]()
 # How far a ratio to the dense layer may be above that of the same row with one thread.
 MORE_THREADS = 0.1
 
@@ -52,6 +55,7 @@ def pytest_configure(config: pytest.Config) -> None:
     # Its own tables have one row a test and no ratios; --benchmark-verbose brings them back.
     config.option.benchmark_quiet = True
     config.stash[ROWS] = []
+    config.stash[OUTRUN] = []
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -117,18 +121,73 @@ def compare(benchmark, threads: int, device: torch.device, request: pytest.Fixtu
     return compare
 
 
+@pytest.fixture
+def outrun(benchmark, threads: int, device: torch.device, request: pytest.FixtureRequest) -> Callable[..., None]:
+    """Checks ours against one rival, times both in turns, and records how many times faster ours is."""
+
+    def outrun(
+        case: str,
+        against: str,
+        *,
+        ours: Rival,
+        rival: Rival,
+        asked: float,
+        factor: float = 1.0,
+        check: bool = True,
+        tolerance: float = 1e-8,
+        once: bool = False,
+    ) -> None:
+        """``factor`` times the rival's time counts; results agree within ``tolerance`` of the largest.
+
+        A rival of the better part of a minute has one round, in which its results are checked as well.
+        """
+        with threadpool_limits(threads):
+            times: dict[str, list[float]] = {"ours": [], "rival": []}
+            if check:
+                results = []
+                for name, side in (("ours", ours), ("rival", rival)):
+                    start = time.perf_counter()
+                    results.append(side.call())
+                    times[name].append(time.perf_counter() - start)
+                for name, a, b in zip(ours.results, *results, strict=True):
+                    error = float((a - b).abs().max() / b.abs().max())
+                    # Written so that a NaN fails.
+                    assert error <= tolerance, f"{name}: off by {error:.1e} of the largest, allowed {tolerance:.1e}"
+            if not benchmark.enabled:
+                benchmark(ours.call)
+                return
+            if not once:
+                times, _ = paired_times({"ours": ours, "rival": rival}, device)
+            row = {
+                "case": case,
+                "against": against,
+                "threads": threads,
+                **report.speedup(times["ours"], [factor * t for t in times["rival"]]),
+                "asked": asked if threads == 1 else None,
+            }
+            benchmark.extra_info.update(row)
+            request.config.stash[OUTRUN].append(row)
+            benchmark.pedantic(ours.call, rounds=1 if once else MIN_ROUNDS)
+
+    return outrun
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, exitstatus: int, config: pytest.Config) -> None:
-    rows = config.stash[ROWS]
-    if not rows:
-        return
     device = torch.device(config.getoption("--device"))
-    results = {"machine": report.machine(device), "rows": rows}
-    terminalreporter.section("benchmarks")
-    terminalreporter.write_line(report.text(results))
     folders = [(config.invocation_params.dir / argument).resolve() for argument in config.args]
-    if exitstatus == 0 and HERE in folders and not terminalreporter.stats.get("deselected"):
-        path = HERE / "results" / f"{device.type}.json"
-        report.save(results, path)
-        terminalreporter.write_line(f"Written to {path.relative_to(HERE.parent)}.")
-    else:
-        terminalreporter.write_line("Not written to benchmarks/results: a part of the benchmarks, or a failure.")
+    for rows, table, file, source in (
+        (config.stash[ROWS], report.text, f"{device.type}.json", HERE),
+        (config.stash[OUTRUN], report.speedup_text, f"gda_{device.type}.json", HERE / "bench_gda.py"),
+    ):
+        if not rows:
+            continue
+        results = {"machine": report.machine(device), "rows": rows}
+        terminalreporter.section("benchmarks")
+        terminalreporter.write_line(table(results))
+        complete = (HERE in folders or source in folders) and not terminalreporter.stats.get("deselected")
+        if exitstatus == 0 and complete:
+            path = HERE / "results" / file
+            report.save(results, path)
+            terminalreporter.write_line(f"Written to {path.relative_to(HERE.parent)}.")
+        else:
+            terminalreporter.write_line("Not written to benchmarks/results: a part of the benchmarks, or a failure.")

@@ -19,6 +19,7 @@ import phydi_kernels
 from phydi_kernels.kernels import cpu
 
 RESULTS = Path(__file__).resolve().parent / "results" / "cpu.json"
+DISCRIMINANT = RESULTS.with_name("gda_cpu.json")
 # Columns of further rivals, as ratios to the dense layer; rows without one of them have an empty cell.
 RIVALS = ("published", "prepacked", "learned A", "dense folded", "stream", "mix", "panel")
 HEADER = (
@@ -56,6 +57,16 @@ def summary(times: Mapping[str, Sequence[float]]) -> dict[str, Any]:
     }
 
 
+def speedup(ours: Sequence[float], rival: Sequence[float]) -> dict[str, Any]:
+    """Medians of the rounds. How many times faster ours is, is formed inside each round, its median taken after."""
+    ratios = [r / o for o, r in zip(ours, rival, strict=True)]
+    return {
+        "rounds": len(ours),
+        "median_seconds": {"ours": statistics.median(ours), "rival": statistics.median(rival)},
+        "faster": statistics.median(ratios),
+    }
+
+
 def machine(device: torch.device) -> dict[str, Any]:
     """What the figures depend on, besides the code."""
     facts: dict[str, Any] = {
@@ -87,6 +98,19 @@ def text(results: Mapping[str, Any]) -> str:
     return "\n".join([machine_line(results), *(row.rstrip() for row in aligned)])
 
 
+def speedup_text(results: Mapping[str, Any]) -> str:
+    """The machine line and the table of the discriminant analysis."""
+    cells = [("case", "against", "threads", "rival ms", "ours ms", "faster", "asked")]
+    for row in results["rows"]:
+        seconds, asked = row["median_seconds"], row["asked"]
+        verdict = "" if asked is None else f">= {asked:g} {_verdict(row['faster'] >= asked)}"
+        times = (f"{1e3 * seconds['rival']:.1f}", f"{1e3 * seconds['ours']:.1f}", f"{row['faster']:.2f}x")
+        cells.append((row["case"], row["against"], str(row["threads"]), *times, verdict))
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in cells]
+    return "\n".join([machine_line(results), *lines])
+
+
 def markdown(results: Mapping[str, Any]) -> str:
     """The README's tables: times over the dense layer's at one thread, and the machine line."""
     single = [row for row in results["rows"] if row["threads"] == 1]
@@ -97,6 +121,17 @@ def markdown(results: Mapping[str, Any]) -> str:
 
     details = ["<details><summary>Layers that learn A, as they are</summary>", *tables(False), "</details>"]
     return "\n\n".join([*tables(True), *details, machine_line({**results, "rows": single})])
+
+
+def speedup_markdown(results: Mapping[str, Any]) -> str:
+    """The README's table of the discriminant analysis, at one thread, and the machine line."""
+    single = [row for row in results["rows"] if row["threads"] == 1]
+    lines = ["| ours | against | times faster |", "|---|---|--:|"]
+    lines += [
+        f"| {row['case']} | {row['against']} | **{row['faster']:.{1 if row['faster'] >= 2 else 2}f}** |"
+        for row in single
+    ]
+    return "\n".join([*lines, "", machine_line({**results, "rows": single})])
 
 
 def _pivot(rows: Sequence[Mapping[str, Any]], title: str) -> str:
@@ -183,12 +218,16 @@ def write_into(readme: Path, command: str, markdown: str) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("file", nargs="?", type=Path, default=RESULTS, help="results file (default: results/cpu.json)")
+    parser.add_argument("file", nargs="?", type=Path, help="results file (default: results/cpu.json)")
+    parser.add_argument("--discriminant", action="store_true", help="the discriminant analysis (results/gda_cpu.json)")
     parser.add_argument("--markdown", action="store_true", help="the README's tables")
     parser.add_argument("--write", type=Path, metavar="README", help="put the README's tables into this file")
     args = parser.parse_args()
-    found = json.loads(args.file.read_text(encoding="utf-8"))
+    as_text, as_markdown = (speedup_text, speedup_markdown) if args.discriminant else (text, markdown)
+    path = args.file or (DISCRIMINANT if args.discriminant else RESULTS)
+    found = json.loads(path.read_text(encoding="utf-8"))
     if args.write:
-        write_into(args.write, "python benchmarks/report.py --markdown", markdown(found))
+        command = f"python benchmarks/report.py {'--discriminant ' if args.discriminant else ''}--markdown"
+        write_into(args.write, command, as_markdown(found))
     else:
-        print((markdown if args.markdown else text)(found))
+        print((as_markdown if args.markdown else as_text)(found))
