@@ -1,8 +1,8 @@
 """Discriminant analysis against what people use for it: scipy's generalised eigenproblem, scikit-learn, scikit-kda.
 
-A figure is how many times faster ours is, rival over ours, in the same rounds. The results of ours and of the rival
-agree to 1e-8 in float64 before anything is timed, but for the fits, whose rivals compute something else: KernelPCA with LDA
-regularises otherwise, and scikit-kda's transform depends on the samples it is given together.
+A figure is how many times faster ours is, rival over ours, in the same rounds. Both results agree to 1e-8 in float64
+before anything is timed, but for the fits, whose rivals compute something else: KernelPCA with LDA regularises
+otherwise, and scikit-kda's transform depends on the samples it is given together.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ _WITH_LENGTHSCALE = ("rbf", "laplacian", "matern")
 _MATERN = {0.5: "matern12", 1.5: "matern32", 2.5: "matern52"}
 WEIGHTINGS = ("paper", "standard")
 SOLVERS = ("cholesky", "qr", "eigh", "pinv", "cg")
-# The conditioning that each dtype inverts well with one (float64) or two (float32) steps of refinement.
+# The conditioning that each dtype inverts well with one step of refinement.
 C_ALLOW = {torch.float64: 1e8, torch.float32: 1e5}
 # Kernel values between new and training points that are held at a time.
 BLOCK_ENTRIES = 1 << 22
@@ -59,7 +59,7 @@ def _check_one_of(name: str, value: Any, allowed: Sequence[str]) -> None:
         raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, allowed))}")
 
 
-def _float32_under_autocast(t: Any) -> Any:
+def float32_under_autocast(t: Any) -> Any:
     """torch.cdist and torch.linalg run in float32 under autocast, and so do these functions."""
     casts = isinstance(t, Tensor) and t.dtype in (torch.float16, torch.bfloat16) and autocast_enabled(t.device)
     return t.float() if casts else t
@@ -150,7 +150,7 @@ def kernel_matrix(
         ValueError: shapes or devices that do not fit, an unknown kernel, gamma or lengthscale <= 0 (read in tensors on
             the CPU only), both of them, negative entries for ``chi2``.
     """
-    X, Y = _float32_under_autocast(X), _float32_under_autocast(Y)
+    X, Y = float32_under_autocast(X), float32_under_autocast(Y)
     _check_matrix("X", X)
     if Y is not None:
         _check_matrix("Y", Y)
@@ -283,7 +283,7 @@ def gda_solve(
 
     found without an N x N eigenproblem. S_b = V V^T has rank L - 1, so with :math:`T = V^T G_w^{-1} V = U \Lambda U^T`
     the eigenvectors are :math:`A = G_w^{-1} V U \Lambda^{-1/2}`: one symmetric product, one Cholesky factorisation, one
-    step of refinement with the unformed operator (two in float32), and an eigenproblem of size L - 1.
+    step of refinement with the unformed operator (more where it is large), and an eigenproblem of size L - 1.
 
     Args:
         K: kernel matrices ``(..., N, N)``, symmetric; float32 or float64.
@@ -318,7 +318,7 @@ def gda_solve(
         ValueError: a K that is not square, not finite or not symmetric beyond rounding, labels of another length or of
             one class, tau < 0, c_allow <= 1, tau_min < 0, n_components outside 1 ... L-1, an unknown name.
     """
-    K = _float32_under_autocast(K)
+    K = float32_under_autocast(K)
     _check_matrix("K", K)
     N = K.shape[-1]
     if K.shape[-2] != N:
@@ -553,7 +553,7 @@ def discriminant_criterion(
         ValueError: shapes or devices that do not fit, labels outside 0 ... num_classes - 1 (read on the CPU only),
             tau <= 0, c_allow <= 1, tau_min <= 0, an unknown name.
     """
-    features = _float32_under_autocast(features)
+    features = float32_under_autocast(features)
     _check_matrix("features", features)
     if features.dim() != 2:
         raise ValueError(f"features have shape {tuple(features.shape)}; they must be (N, d)")
@@ -571,7 +571,8 @@ def discriminant_criterion(
         if value is not None and check_finite(name, value) <= least:
             raise ValueError(f"{name}={value} must be > {least}")
     with without_autocast(features.device):
-        one_hot = torch.nn.functional.one_hot(codes, classes).to(features.dtype)
+        # Not torch's one_hot, which reads the labels' values and cannot be mapped by vmap.
+        one_hot = (codes.unsqueeze(-1) == torch.arange(classes, device=codes.device)).to(features.dtype)
         count = one_hot.sum(0)
         means = (one_hot.mT @ features) / count.clamp_min(1).unsqueeze(-1)
         within = features - one_hot @ means

@@ -142,7 +142,7 @@ struct KernelMatrix {
         if (symmetric && pairwise() != Kernel::dot && i0 + i >= j0 && i0 + i < j0 + width) row[i0 + i - j0] *= 0;
         for (int64_t g = 0; g < G; ++g) {
           T* to = out + ((g * B + b) * N + i0 + i) * M + j0;
-          profile(row, width, gamma[g * B + b], to);
+          profile(row, width, kernel == pairwise() ? T(1) : gamma[g * B + b], to);
         }
       }
     }

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .._check import check_integer
 from .._gda import BLOCK_ENTRIES
+from ..ops._autograd import without_autocast
 from ._gaussian import class_statistics, discriminant_scores
 
 FLOATS = (torch.float64, torch.float32)
@@ -109,12 +110,17 @@ class Discriminant(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, Transformer
             ValueError: NaN or infinite entries, lengths that differ, fewer than two classes, or a parameter that is
                 not allowed.
         """
-        self._fit(X, y, sample_weight)
+        self._fit_in_full_precision(X, y, sample_weight)
         return self
 
     def fit_transform(self, X: Any, y: Any, sample_weight: Any = None) -> Any:
         """The same as ``fit(X, y, sample_weight).transform(X)``, without projecting X a second time."""
-        return self._return(self._fit(X, y, sample_weight), X)
+        return self._return(self._fit_in_full_precision(X, y, sample_weight), X)
+
+    def _fit_in_full_precision(self, X: Any, y: Any, sample_weight: Any) -> Tensor:
+        # The data's device is not known yet.
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            return self._fit(X, y, sample_weight)
 
     def transform(self, X: Any) -> Any:
         """Projections ``(n, l)`` of the samples ``(n, d)``: an array for an array, a tensor for a tensor."""
@@ -182,7 +188,9 @@ class Discriminant(ClassNamePrefixFeaturesOutMixin, ClassifierMixin, Transformer
         device, dtype = self._device_and_dtype()
         rows = max(1, BLOCK_ENTRIES // max(1, self._entries_per_sample()))
         for start in range(0, X.shape[0], rows):
-            yield self._project(to_tensor(X[start : start + rows], dtype, device))
+            with without_autocast(device):
+                scores = self._project(to_tensor(X[start : start + rows], dtype, device))
+            yield scores
 
     def _map(self, X: Any, function: Callable[[Tensor], Tensor]) -> Any:
         """``function`` of the projections of new samples, block by block."""

@@ -18,10 +18,9 @@ from . import cpu, cuda
 
 # A failed factorisation is tried again with ten times the conditioning coefficient, this often.
 _RAISES = 12
-# Steps of iterative refinement that bring the factor's solution to that of a QR factorisation.
-_REFINEMENTS = {torch.float64: 1, torch.float32: 2}
-# ... and their limit, for a factor that is worse than expected: G_w at a condition of 1e13.
-_MOST_REFINEMENTS = 4
+# Steps of iterative refinement. One brings the factor's solution to that of a QR factorisation; more are taken where
+# the factor is worse: G_w at a condition of 1e13.
+_REFINEMENTS = 4
 _LANCZOS_STEPS = 80
 BANDWIDTH = 32  # kBandwidth in csrc/cpu/kernels.h
 # From these sizes on, one reduction to a band is faster than a factorisation for each tau.
@@ -318,11 +317,10 @@ def _by_conjugate_gradients(K: Tensor, c: Classes, tau: Tensor, rhs: Tensor) -> 
     return x, (square <= goal).all(-1).all(-1)
 
 
-def _is_small(correction: Tensor, X: Tensor) -> bool:
-    """Whether what a further step would change lies below rounding: the factor's error, squared."""
-    limit = torch.finfo(X.dtype).eps ** (1 / 3) * X.norm(dim=-2)
-    # NaN counts as small: no step mends it.
-    return not bool((correction.norm(dim=-2) > limit).any())
+def _large(correction: Tensor, X: Tensor) -> Tensor:
+    """Which problems (T, P) a further step would change above rounding: it would change X by the square of this one."""
+    # NaN is not large: no step mends it.
+    return (correction.norm(dim=-2) > torch.finfo(X.dtype).eps ** (1 / 3) * X.norm(dim=-2)).any(-1)
 
 
 def apply(K: Tensor, c: Classes, tau: Tensor, f: Factor, rhs: Tensor, solver: str) -> tuple[Tensor, Tensor]:
@@ -339,15 +337,18 @@ def apply(K: Tensor, c: Classes, tau: Tensor, f: Factor, rhs: Tensor, solver: st
         X = _by_factor(f, tau, rhs, solver)
     ridge, scatter = tau[..., None, None], c.scatter.unsqueeze(-1)
     root = torch.where(scatter > 0, scatter, 1).rsqrt()
-    steps = _REFINEMENTS[K.dtype] if solver in ("cholesky", "band", "eigh") else 0
     correction = None
-    for step in range(_MOST_REFINEMENTS):
+    for _ in range(_REFINEMENTS):
         weighted, product = within_times(K, c, X)
         residual = rhs - product - ridge * X
-        correction = _by_factor(f, tau, residual, solver) if steps else None
-        if correction is None or (step + 1 >= steps and _is_small(correction, X)):
+        if solver not in ("cholesky", "band", "eigh"):
             break
-        X = X + correction
+        correction = _by_factor(f, tau, residual, solver)
+        large = _large(correction, X)
+        if not bool(large.any()):
+            break
+        # Where it is not, X stays: a problem's solution does not depend on its neighbours.
+        X = torch.where(large[..., None, None], X + correction, X)
     half = root * weighted
     cross = X.mT @ residual
     T = half.mT @ half + ridge * (X.mT @ X) + cross + cross.mT

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.nn import Module
 
 from .. import functional
-from .._gda import BLOCK_ENTRIES
+from .._gda import BLOCK_ENTRIES, float32_under_autocast
+from ..ops._autograd import without_autocast
 
 
 class KernelDiscriminant(Module):
@@ -87,11 +88,13 @@ class KernelDiscriminant(Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[-1:] != self.points.shape[1:]:
             raise ValueError(f"x has shape {tuple(x.shape)}; its last dimension must be d = {self.points.shape[1]}")
+        x = float32_under_autocast(x)
         rows = x.reshape(-1, x.shape[-1])
         blocks: tuple[Tensor, ...] = (rows,)
         if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
             blocks = rows.split(max(1, BLOCK_ENTRIES // max(1, len(self.points))))
-        projected = [self._project(block) for block in blocks]
+        with without_autocast(x.device):
+            projected = [self._project(block) for block in blocks]
         y = projected[0] if len(projected) == 1 else torch.cat(projected)
         return y.reshape(*x.shape[:-1], self.coefficients.shape[1])
 

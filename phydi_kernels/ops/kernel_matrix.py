@@ -116,7 +116,7 @@ def _backward(ctx, grad):
         W = grad.sum(0)
         d_gamma = torch.zeros_like(gamma) if need_gamma else None
     else:
-        s = kernel_matrix(X, Y, gamma[:1], pairwise, ctx.degree, ctx.coef0)
+        s = kernel_matrix(X, Y, gamma.new_ones((1, gamma.shape[1])), pairwise, ctx.degree, ctx.coef0)
         scale = gamma[..., None, None]
         W = grad * _slope(ctx.kernel, s, K, scale, ctx.degree, ctx.coef0)
         if need_gamma:
