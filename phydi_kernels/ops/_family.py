@@ -236,7 +236,7 @@ def register_forward_vmap(family: Family, *, fold: bool = False) -> None:
 
 
 def register_vmap_by_sample(op: Any) -> None:
-    """vmap of a gradient, whose mapped dimension does not fold into the batch."""
+    """vmap of an operator whose mapped dimension does not fold into the batch."""
     torch.library.register_vmap(op, lambda info, in_dims, *args: _each_sample(op, info, in_dims, args))
 
 

@@ -14,7 +14,7 @@ from ..kernels import gda_solve as kernels
 from ..kernels.gda_solve import Factor
 from ..reference import Classes, class_structure
 from ._autograd import register_autograd
-from ._family import LIB, define
+from ._family import LIB, define, register_vmap_by_sample
 
 _STRUCTURE = "Tensor K, Tensor codes, Tensor root, int classes, str weighting"
 
@@ -136,3 +136,6 @@ def _apply_backward(ctx, d_X, d_T):
 
 
 register_autograd(LIB, gda_apply, _apply_backward, _apply_setup)
+
+for _op in (gda_factor, gda_apply, symmetric_times):
+    register_vmap_by_sample(_op)
