@@ -359,12 +359,14 @@ class _Problems(NamedTuple):
     solver: str
 
 
-def _codes(labels: Any, num_classes: int | None, N: int, device: torch.device) -> tuple[Tensor, int]:
+def _codes(
+    labels: Any, num_classes: int | None, N: int, device: torch.device, samples: str = "as in K"
+) -> tuple[Tensor, int]:
     if num_classes is None:
         codes, classes = encode_labels(labels, device)
     else:
         classes = check_integer("num_classes", num_classes)
-        if not isinstance(labels, Tensor) or labels.is_floating_point():
+        if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_complex():
             raise TypeError("labels must be a tensor of integers 0 ... num_classes - 1 where num_classes is given")
         codes = labels.to(device=device, dtype=torch.int64)
         if _readable(codes) and codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < classes:
@@ -372,7 +374,7 @@ def _codes(labels: Any, num_classes: int | None, N: int, device: torch.device) -
                 f"labels lie in {int(codes.min())} ... {int(codes.max())}; they must be in 0 ... {classes - 1}"
             )
     if codes.dim() < 1 or codes.shape[-1] != N:
-        raise ValueError(f"labels have shape {tuple(codes.shape)}; the last dimension must be N = {N}, as in K")
+        raise ValueError(f"labels have shape {tuple(codes.shape)}; the last dimension must be N = {N}, {samples}")
     if classes < 2:
         raise ValueError(f"labels hold {classes} class; discriminant analysis needs at least 2")
     return codes, classes
@@ -521,7 +523,7 @@ def discriminant_criterion(
     tau: float | None = None,
     c_allow: float = 1e4,
     tau_min: float = 1e-6,
-    weighting: str = "paper",
+    weighting: str = "standard",
     kind: str = "trace",
 ) -> Tensor:
     r"""How well a batch of features separates its classes (GDA, Eq. 2 to 4 and 22), in the features' own space.
@@ -541,11 +543,12 @@ def discriminant_criterion(
             taken as a constant in derivatives.
         c_allow: the condition that :math:`S_w + \tau I` may have (> 1).
         tau_min: the least tau of the rule, > 0.
-        weighting: ``"paper"`` or ``"standard"``.
+        weighting: ``"standard"`` or ``"paper"``. The paper's makes J smaller by the size of the classes, and its
+            gradients with it.
         kind: ``"trace"``, or ``"logdet"``, which rewards a separation of all classes rather than of the easiest.
 
     Returns:
-        J, a scalar of the dtype of ``features``.
+        J, a scalar of the dtype of ``features``; NaN where they have NaN or infinity.
 
     Raises:
         TypeError: features that are no float32 or float64 tensor (16-bit ones are cast to float32 under autocast), or
@@ -564,7 +567,7 @@ def discriminant_criterion(
         raise TypeError(f"labels must be a torch.Tensor, not {type(labels).__name__}")
     if labels.device != features.device:
         raise ValueError(f"labels are on {labels.device} but features on {features.device}")
-    codes, classes = _codes(labels, num_classes, N, features.device)
+    codes, classes = _codes(labels, num_classes, N, features.device, "one for each row of features")
     if codes.dim() != 1:
         raise ValueError(f"labels have shape {tuple(labels.shape)}; they must be (N,) = ({N},)")
     for name, value, least in (("tau", tau, 0), ("c_allow", c_allow, 1), ("tau_min", tau_min, 0)):
@@ -581,8 +584,9 @@ def discriminant_criterion(
         center = features.mean(0) if N else features.new_zeros(d)
         V = ((means - center) * (count / max(N, 1)).sqrt().unsqueeze(-1)).mT
         if tau is None:
-            largest = torch.linalg.matrix_norm(S.detach(), 2) if d else S.new_zeros(())
-            ridge = (largest / c_allow).clamp_min(tau_min)
+            # NaN and infinity are left to S: the criterion of such features is NaN, as other losses are.
+            spectrum = torch.linalg.eigvalsh(S.detach().nan_to_num(0, 0, 0)) if d else S.new_zeros(1)
+            ridge = (spectrum[-1] / c_allow).clamp_min(tau_min)
         else:
             ridge = S.new_full((), tau)
         X = torch.linalg.solve_ex(S + ridge * torch.eye(d, dtype=S.dtype, device=S.device), V).result

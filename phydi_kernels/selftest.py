@@ -203,7 +203,15 @@ def _gda_cases(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Gene
             # Four products a feature in |x|^2 + |y|^2 - 2 x.y; a cube has three times the relative error of its base.
             yield "kernel_matrix", Case(kernel_matrix, reference.kernel_matrix, args, 3**2 * 4 * features)
     S = normal(problems, classes, classes)
-    yield "eigh_small", Case(lambda S: eigh_small(S)[0], lambda S: reference.eigh_small(S)[0], (S + S.mT,), classes**2)
+    yield (
+        "eigh_small",
+        Case(
+            lambda S: _spectral(*eigh_small(S)),
+            lambda S: (_spectral(*reference.eigh_small(S))[0], S),
+            (S + S.mT,),
+            classes**2,
+        ),
+    )
     K = reference.kernel_matrix(X, None, gamma[:1], "rbf", 3, 1.0)[0]
     x = normal(problems, samples, classes)
     yield "symmetric_times", Case(symmetric_times, torch.matmul, (K, x), samples)
@@ -211,6 +219,11 @@ def _gda_cases(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Gene
     # tau of the size of S_w: its condition is not what is tested.
     tau = torch.full((1, problems), float(samples), dtype=dtype)
     yield "gda_apply", Case(_regularised_solve, _formed_solve, (K, codes, tau, x, classes), 4 * samples)
+
+
+def _spectral(values: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """The eigenvalues, and the matrix that they and their vectors make."""
+    return values, vectors * values.unsqueeze(-2) @ vectors.mT
 
 
 def _regularised_solve(K: Tensor, codes: Tensor, tau: Tensor, x: Tensor, classes: int) -> Tensor:

@@ -963,6 +963,28 @@ def test_meta(solver):
         assert a.is_meta and (a.shape, a.dtype) == (b.shape, b.dtype)
 
 
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32), ids=("float64", "float32"))
+def test_tau_path_of_duplicate_points(dtype):
+    """The rounding of a matrix of low rank vanishes column by column: a panel of it must still reduce to a band."""
+    X = normal((150, 1), 0).round().to(dtype)
+    K = kernel_matrix(X, kernel="linear")
+    labels = torch.arange(150) % 3
+    taus = torch.logspace(0, 3, kernels.BAND_TAUS, dtype=dtype)
+    path = gda_solve(K, labels, tau=taus)
+    assert not path.info.any()
+    single = torch.stack([gda_solve(K, labels, tau=tau).eigenvalues for tau in taus])
+    bound = 1e4 * torch.finfo(dtype).eps * float(single.max())
+    torch.testing.assert_close(path.eigenvalues, single, rtol=0, atol=bound)
+
+
+@pytest.mark.parametrize("scale", (1e-20, 1e-12, 1e9, 1e15))
+def test_rule_in_float32_at_any_scale(scale):
+    """No square of S_w, which goes with the square of K, overflows or vanishes on the way to tau."""
+    K, labels = kernel_of(sizes(50, 50, 50)).float(), sizes(50, 50, 50)
+    expected = float(gda_solve(K, labels).tau)
+    assert float(gda_solve(K * scale, labels).tau) / scale / scale == pytest.approx(expected, rel=1e-4)
+
+
 @pytest.mark.parametrize("solver", ("cholesky", "qr", "eigh", "cg"))
 def test_vmap(solver):
     """Solutions and gradients of mapped points equal a loop over them, and so do mapped masks of one matrix."""

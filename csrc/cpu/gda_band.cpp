@@ -39,20 +39,24 @@ void factor_panel(int64_t rows, int64_t count, T* panel, T* v, T* block) {
   std::fill(block, block + kBand * kBand, T(0));
   T scales[kBand] = {};
   for (int64_t c = 0; c < std::min(rows, count); ++c) {
-    T largest = 0;
-    for (int64_t i = c; i < rows; ++i) largest = std::max(largest, std::abs(panel[i * kBand + c]));
-    v[c * kBand + c] = T(1);
-    if (!(largest > 0)) continue;  // nothing to reflect: H = I
-    // The norm of the scaled column neither overflows nor vanishes.
+    // Scaled by its one-norm a column neither overflows nor vanishes, and keeps a NaN.
+    T size = 0;
+    for (int64_t i = c; i < rows; ++i) size += std::abs(panel[i * kBand + c]);
+    if (size == 0) {
+      v[c * kBand + c] = T(1);
+      continue;  // nothing to reflect: H = I
+    }
     T square = 0;
     for (int64_t i = c; i < rows; ++i) {
-      const T x = panel[i * kBand + c] / largest;
+      T& x = v[i * kBand + c];
+      x = panel[i * kBand + c] / size;
       square += x * x;
     }
-    const T alpha = panel[c * kBand + c], beta = -std::copysign(largest * std::sqrt(square), alpha);
+    const T alpha = v[c * kBand + c], beta = -std::copysign(std::sqrt(square), alpha);
     const T scale = (beta - alpha) / beta, inverse = T(1) / (alpha - beta);
     scales[c] = scale;
-    for (int64_t i = c + 1; i < rows; ++i) v[i * kBand + c] = panel[i * kBand + c] * inverse;
+    for (int64_t i = c + 1; i < rows; ++i) v[i * kBand + c] *= inverse;
+    v[c * kBand + c] = T(1);
     const int64_t from = c / kLanes<T> * kLanes<T>;
     alignas(64) T w[kBand] = {};
     for (int64_t i = c; i < rows; ++i) {
@@ -66,7 +70,7 @@ void factor_panel(int64_t rows, int64_t count, T* panel, T* v, T* block) {
       for (int64_t k = from; k < kBand; k += kLanes<T>)
         store(panel + i * kBand + k, load(panel + i * kBand + k) - factor * load(w + k));
     }
-    panel[c * kBand + c] = beta;
+    panel[c * kBand + c] = beta * size;
   }
   // block = (diag(1/scale) + strictly upper part of V^T V)^-1, by columns.
   std::vector<T> gram(kBand * kBand);

@@ -146,7 +146,10 @@ def largest_eigenvalue(K: Tensor, c: Classes) -> Tensor:
         Q = torch.cat(basis, -1)
         for _ in range(2):  # once more against the rounding of the first
             w = w - Q @ (Q.mT @ w)
-        size = w.norm(dim=-2, keepdim=True)
+        # Scaled, so that no square overflows or vanishes: S_w goes with the square of K.
+        scale = w.abs().amax(-2, keepdim=True)
+        scale = torch.where(scale > 0, scale, 1)
+        size = scale * (w / scale).norm(dim=-2, keepdim=True)
         below.append(size[:, 0, 0])
         projected = torch.diag_embed(torch.stack(diagonal, -1))
         if len(basis) > 1:
@@ -156,7 +159,7 @@ def largest_eigenvalue(K: Tensor, c: Classes) -> Tensor:
         found = values[:, -1].clamp_min(0)
         # The residual of the Ritz pair bounds the error of its value.
         error = below[-1] * vectors[:, -1, -1].abs()
-        if bool((error**2 <= torch.finfo(K.dtype).eps * found**2).all()):
+        if bool((error <= torch.finfo(K.dtype).eps ** 0.5 * found).all()):
             break
         v = w / torch.where(size > 0, size, 1)
     return torch.where(lost, torch.nan, found)

@@ -32,7 +32,7 @@ class DiscriminantLoss(Module):
         tau: float | None = None,
         c_allow: float = 1e4,
         tau_min: float = 1e-6,
-        weighting: str = "paper",
+        weighting: str = "standard",
         kind: str = "trace",
     ) -> None:
         super().__init__()

@@ -72,6 +72,8 @@ class KernelDiscriminant(Module):
     def from_estimator(cls, estimator: Any) -> KernelDiscriminant:
         """The transformation of a fitted KernelDiscriminantAnalysis (or the best one of a CV) with a named kernel."""
         fitted = getattr(estimator, "best_estimator_", estimator)
+        if not hasattr(fitted, "kernel") or not hasattr(fitted, "coefficients_"):
+            raise TypeError(f"estimator={estimator!r} must be a fitted KernelDiscriminantAnalysis")
         if callable(fitted.kernel) or fitted.kernel == "precomputed":
             raise ValueError(f"kernel={fitted.kernel!r} of the estimator must be the name of a kernel")
         return cls(
@@ -89,6 +91,8 @@ class KernelDiscriminant(Module):
         if x.shape[-1:] != self.points.shape[1:]:
             raise ValueError(f"x has shape {tuple(x.shape)}; its last dimension must be d = {self.points.shape[1]}")
         x = float32_under_autocast(x)
+        if x.dtype != self.points.dtype:
+            raise TypeError(f"x has dtype {x.dtype} but the layer's points have {self.points.dtype}")
         rows = x.reshape(-1, x.shape[-1])
         blocks: tuple[Tensor, ...] = (rows,)
         if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
