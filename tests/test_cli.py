@@ -10,6 +10,8 @@ import phydi_kernels
 from phydi_kernels import bench, cli, info, selftest
 from phydi_kernels.kernels import cpu
 
+FAULTS = (1.0001, math.nan)
+
 
 def test_help_does_not_import_torch():
     code = "import sys, phydi_kernels.cli as c\ntry: c.main(['-h'])\nfinally: assert 'torch' not in sys.modules"
@@ -61,6 +63,15 @@ def test_info_lists_every_operator():
     assert {f"phydi::{op}" for op in info.OPS} == {name for name in registered if name.startswith("phydi::")}
 
 
+@pytest.mark.parametrize("reason", ["", "built without CUDA kernels"])
+def test_info_names_the_cuda_kernels_where_they_were_built(reason, monkeypatch):
+    monkeypatch.setattr(info.cuda, "load", lambda: reason)
+    compiled = {op for op in info.OPS if info.implementation(op, "cuda") == "CUDA C++"}
+    assert compiled == (set() if reason else {"kernel_matrix", "gda_factor", "eigh_small"})
+    others = {info.implementation(op, "cuda") for op in info.OPS if op not in compiled}
+    assert others == {"reference (composed torch ops)"}
+
+
 def test_info_text(capsys):
     assert cli.main(["info"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -76,7 +87,7 @@ def test_info_without_library(monkeypatch, tmp_path, capsys):
     assert cli.main(["info"]) == 0
     out = capsys.readouterr().out
     assert "libphydi_kernels.so was not built" in out
-    assert info.implementation("phm_linear", "cpu") == "reference (library not loaded)"
+    assert {info.implementation(op, "cpu") for op in info.OPS} == {"reference (library not loaded)"}
     assert "C++" not in out.split("operator")[1]
 
 
@@ -93,11 +104,40 @@ def test_info_tells_a_stale_build(monkeypatch, capsys):
 def test_selftest_passes(capsys):
     assert cli.main(["selftest"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-1] == f"{len(info.OPS) * 4} passed, 0 failed"
-    assert {line.split()[0] for line in lines[1:-1]} == set(info.OPS)
+    tested = [tuple(line.split()[:2]) for line in lines[1:-1]]
+    wide, half = ("float32", "float64"), ("bfloat16", "float16")
+    # A factor is tested by what is solved with it.
+    expected = [(op, dtype) for op in info.OPS if op != "gda_factor" for dtype in wide]
+    expected += [(op, dtype) for op in info.OPS if op.startswith("ph") for dtype in half]
+    assert sorted(tested) == sorted(expected)
+    assert lines[-1] == f"{len(expected)} passed, 0 failed"
 
 
-@pytest.mark.parametrize("fault", [1.0001, math.nan])
+@pytest.mark.parametrize(
+    ("op", "fault"),
+    [
+        *((op, fault) for op in ("kernel_matrix", "eigh_small", "symmetric_times", "gda_apply") for fault in FAULTS),
+        # The steps of refinement mend a factor that is almost right.
+        *(("gda_factor", fault) for fault in (1.1, math.nan)),
+    ],
+)
+def test_selftest_sees_a_wrong_operator_of_discriminant_analysis(op, fault, monkeypatch, capsys):
+    correct = getattr(selftest, op)
+
+    def wrong(*args):
+        result = correct(*args)
+        return (result[0] * fault, *result[1:]) if isinstance(result, tuple) else result * fault
+
+    monkeypatch.setattr(selftest, op, wrong)
+    monkeypatch.setattr(selftest, "LINEAR_SHAPES", ())
+    monkeypatch.setattr(selftest, "CONV_SIZES", {})
+    assert cli.main(["selftest"]) == 1
+    failed = {tuple(line.split()[:2]) for line in capsys.readouterr().out.splitlines() if "FAILED" in line}
+    row = "gda_apply" if op == "gda_factor" else op
+    assert failed == {(row, "float32"), (row, "float64")}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
 def test_selftest_sees_a_wrong_operator(fault, monkeypatch, capsys):
     correct = selftest.phm_linear.phm_linear
     monkeypatch.setattr(selftest.phm_linear, "phm_linear", lambda *args: correct(*args) * fault)

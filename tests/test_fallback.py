@@ -25,9 +25,15 @@ def values(*shape):
 
 x, A, F, bias, alpha = values(3, 8), values(2, 2, 2), values(2, 5, 4), values(10), values(1)
 image, filters = values(2, 8, 5, 5), values(2, 5, 4, 3, 3)
+points, labels = values(30, 4).detach(), torch.arange(30) % 3
+gamma = torch.tensor([0.2, 0.4], dtype=torch.float64, requires_grad=True)
+taus = torch.logspace(-1, 2, 9, dtype=torch.float64)
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     for _ in range(2):
+        K = functional.kernel_matrix(points, gamma=gamma)
+        solution = functional.gda_solve(K, labels, tau=taus[:, None])
+        gamma_grad = torch.autograd.grad(solution.eigenvalues.sum(), gamma)[0]
         y = functional.phm_linear(x, A, F, bias, alpha=alpha)
         z = functional.phc_conv2d(image, A, filters, bias, alpha=alpha)
         grads = torch.autograd.grad(y.square().sum() + z.square().sum(), (x, A, F, bias, alpha, image, filters))
@@ -41,6 +47,24 @@ dense_z = alpha * torch.nn.functional.conv2d(image, dense(filters), bias)
 expected = torch.autograd.grad(dense_y.square().sum() + dense_z.square().sum(), (x, A, F, bias, alpha, image, filters))
 assert torch.equal(y, dense_y) and torch.equal(z, dense_z)
 assert all(torch.equal(a, b) for a, b in zip(grads, expected, strict=True))
+
+def solved(gamma):
+    # G_w^-1 S_b for each tau and gamma, from sums over the classes.
+    K = (-gamma[:, None, None] * (points[:, None] - points).square().sum(-1)).exp()
+    center = K.mean(-1, keepdim=True)
+    S_w = S_b = 0
+    for j in range(3):
+        own = K[..., labels == j]
+        mean = own.mean(-1, keepdim=True)
+        S_w = S_w + 10 * (own - mean) @ (own - mean).mT
+        S_b = S_b + 10 * (mean - center) @ (mean - center).mT
+    return torch.linalg.solve(S_w + taus[:, None, None, None] * torch.eye(30, dtype=torch.float64), S_b)
+
+exact = solved(gamma)
+assert solution.coefficients.shape == (9, 2, 30, 2) and not solution.info.any()
+assert torch.allclose(solution.eigenvalues, torch.linalg.eigvals(exact).real.sort(-1).values[..., -2:].flip(-1), 1e-10)
+trace = exact.diagonal(dim1=-2, dim2=-1).sum()
+assert torch.allclose(gamma_grad, torch.autograd.grad(trace, gamma)[0], 1e-9)
 for warning in caught:
     print(warning.category.__name__, warning.message)
 """

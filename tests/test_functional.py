@@ -9,6 +9,7 @@ import torch
 from helpers import normal
 from op_cases import CASES, FACTORED
 from op_checks import ALGEBRA, draw
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from phydi_kernels import functional
 from phydi_kernels.kernels import cpu
@@ -17,6 +18,13 @@ OPS = pytest.mark.parametrize("name", CASES)
 DENSE_OPS = pytest.mark.parametrize("name", [name for name in CASES if name not in FACTORED])
 FACTORED_OPS = pytest.mark.parametrize("name", FACTORED)
 HALF = torch.bfloat16
+# The functions of discriminant analysis share no arguments with the layers and are tested in files of their own: what
+# of theirs is called, with first and second derivatives.
+DISCRIMINANT = {
+    "kernel_matrix": {"kernel_matrix"},
+    "gda_solve": {"gda_factor", "gda_apply", "symmetric_times", "eigh_small"},
+    "discriminant_criterion": set(),
+}
 
 
 def _call(name: str, tensors: dict[str, torch.Tensor], **options) -> torch.Tensor:
@@ -34,8 +42,32 @@ def tensors(name, device) -> dict[str, torch.Tensor]:
 
 def test_every_operator_and_function_has_a_case():
     defined = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("phydi::")}
-    assert {name.removeprefix("phydi::") for name in defined} == set().union(*(c.operators for c in CASES.values()))
-    assert set(functional.__all__) == set(CASES)
+    of_layers = set().union(*(case.operators for case in CASES.values()))
+    assert {name.removeprefix("phydi::") for name in defined} == of_layers.union(*DISCRIMINANT.values())
+    assert set(functional.__all__) == CASES.keys() | DISCRIMINANT.keys() | {"GDASolution"}
+
+
+@pytest.mark.parametrize("name", DISCRIMINANT)
+def test_operators_of_discriminant_analysis(name):
+    class Record(TorchDispatchMode):
+        called: set[str] = set()
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.namespace == "phydi":
+                self.called.add(func._schema.name.removeprefix("phydi::"))
+            return func(*args, **(kwargs or {}))
+
+    x = normal((9, 3), 0).requires_grad_()
+    labels = torch.arange(9) % 3
+    calls = {
+        "kernel_matrix": lambda: functional.kernel_matrix(x),
+        "gda_solve": lambda: functional.gda_solve(x @ x.mT, labels, tau=1.0).eigenvalues,
+        "discriminant_criterion": lambda: functional.discriminant_criterion(x, labels, 3),
+    }
+    with Record() as record:
+        (gradient,) = torch.autograd.grad(calls[name]().square().sum(), x, create_graph=True)
+        torch.autograd.grad(gradient.square().sum(), x)
+    assert record.called == DISCRIMINANT[name]
 
 
 @OPS

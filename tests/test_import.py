@@ -6,10 +6,19 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-MODULES = ("phydi_kernels", "phydi_kernels.functional", "phydi_kernels.nn", "phydi_kernels.models")
+MODULES = (
+    "phydi_kernels",
+    "phydi_kernels.algebra",
+    "phydi_kernels.functional",
+    "phydi_kernels.inference",
+    "phydi_kernels.models",
+    "phydi_kernels.nn",
+)
 
 KEPT = ("HOME", "PATH", "PYTHONPATH", "LD_LIBRARY_PATH")
 
@@ -39,20 +48,30 @@ print(json.dumps({
 """
 
 
-@pytest.fixture(scope="module")
-def imported(tmp_path_factory) -> dict:
-    """What the imports changed in a fresh process."""
+def changes(directory: Path, *modules: str) -> dict[str, Any]:
+    """What the imports change in a fresh process."""
     run = subprocess.run(
-        [sys.executable, "-W", "error::UserWarning:phydi_kernels", "-c", SCRIPT, *MODULES],
+        [sys.executable, "-W", "error::UserWarning:phydi_kernels", "-c", SCRIPT, *modules],
         capture_output=True,
         text=True,
         check=True,
-        cwd=tmp_path_factory.mktemp("empty"),
+        cwd=directory,
         # Not what the tests' own process, where the package is imported, may have written.
         env={name: value for name, value in os.environ.items() if name in KEPT},
     )
     assert run.stderr == ""
     return json.loads(run.stdout)
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory) -> dict[str, Any]:
+    return changes(tmp_path_factory.mktemp("empty"), *MODULES)
+
+
+@pytest.fixture(scope="module")
+def imported_estimators(tmp_path_factory) -> dict[str, Any]:
+    """The one module that needs scikit-learn, which changes the environment itself."""
+    return changes(tmp_path_factory.mktemp("empty"), "sklearn", "phydi_kernels.discriminant")
 
 
 @pytest.mark.parametrize("kept", ("environment", "threads", "files", "settings"))
@@ -72,3 +91,20 @@ def test_import_loads_no_library(imported):
 def test_import_is_lean(imported, module):
     found = [name for name in imported["modules"] if name.partition(".")[0] == module]
     assert found == []
+
+
+def test_submodules_are_imported_at_first_use(tmp_path):
+    found = [name for name in changes(tmp_path, "phydi_kernels")["modules"] if name.startswith("phydi_kernels")]
+    assert found == ["phydi_kernels"]
+
+
+def test_import_of_the_estimators_changes_nothing(imported_estimators):
+    assert imported_estimators["files"] and imported_estimators["settings"]
+    assert not imported_estimators["cuda"] and imported_estimators["libraries"] == []
+
+
+def test_import_of_the_estimators_is_lean(imported_estimators):
+    modules = imported_estimators["modules"]
+    assert "phydi_kernels.discriminant" in modules
+    assert [name for name in modules if name.partition(".")[0] in ("triton", "matplotlib", "pytest")] == []
+    assert not {"phydi_kernels.nn", "phydi_kernels.models", "phydi_kernels.inference"} & set(modules)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ LAYERS = (
     ("__main__", "cli", "info", "bench", "demo", "selftest"),
     ("integrations", "discriminant", "models", "convert", "inference"),
     ("nn",),
-    ("functional",),
+    ("functional", "_gda"),
     ("ops",),
     ("kernels",),
     ("reference",),
@@ -25,6 +26,9 @@ LAYERS = (
     ("_check", "_dataflow"),
     ("",),
 )
+# What is imported from elsewhere: by every module, and by those that an extra of the installation serves.
+DEPENDENCIES = {"phydi_kernels", "torch", "tqdm", *sys.stdlib_module_names}
+EXTRAS = {"discriminant": {"numpy", "sklearn"}, "demo": {"matplotlib", "sklearn"}}
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 FILES = sorted(ROOT.rglob("*.py"))
 
@@ -65,6 +69,27 @@ def upward(source: str, module: tuple[str, ...], is_package: bool) -> list[str]:
     return [".".join(target) for target in imports(source, module, is_package) if RANK[_layer(target)] < rank]
 
 
+def packages(source: str) -> set[str]:
+    """Top-level packages that ``source`` imports by their names, at any place."""
+    nodes = list(ast.walk(ast.parse(source)))
+    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom) and not node.level]
+    return {name.partition(".")[0] for name in names}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_only_the_declared_dependencies_are_imported(path):
+    allowed = DEPENDENCIES | EXTRAS.get(_layer(_module(path)), set())
+    assert packages(path.read_text()) <= allowed
+
+
+def test_every_import_is_seen():
+    source = (
+        "import os.path, numpy as np\ndef f():\n    from scipy.linalg import eigh\nfrom . import x\nfrom .y import z"
+    )
+    assert packages(source) == {"os", "numpy", "scipy"}
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_go_down(path):
     module = _module(path)
@@ -81,6 +106,12 @@ def test_imports_go_down(path):
         ("def f():\n    from phydi_kernels import models", ("nn",), True, ["models"]),
         ("from .. import plans, reference", ("ops", "phm_linear"), False, []),
         ("from ..functional import phm_linear", ("nn", "phm_linear"), False, []),
+        ("from .._gda import C_ALLOW", ("ops", "gda_solve"), False, ["_gda"]),
+        ("from ..discriminant import LinearDiscriminantAnalysis", ("nn", "discriminant_loss"), False, ["discriminant"]),
+        ("from ..ops.eigh_small import eigh_small", ("kernels", "cuda"), False, ["ops.eigh_small"]),
+        ("from ..discriminant import LinearDiscriminantAnalysis", ("demo", "discriminant"), False, []),
+        ("from .._gda import BLOCK_ENTRIES", ("nn", "kernel_discriminant"), False, []),
+        ("from .kernels import cpu, cuda", ("_gda",), False, []),
         ("from . import __version__", ("info",), False, []),
         ("from . import nn", (), True, []),
     ),
