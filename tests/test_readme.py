@@ -12,11 +12,12 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.mark.parametrize("program", ("report.py", "grid.py"))
-def test_benchmark_tables_are_those_of_the_results_files(program):
-    table = subprocess.check_output([sys.executable, ROOT / "benchmarks" / program, "--markdown"], text=True)
+@pytest.mark.parametrize("command", ("report.py", "report.py --discriminant", "grid.py", "gda_errors.py"))
+def test_benchmark_tables_are_those_of_the_results_files(command):
+    program, *options = command.split()
+    table = subprocess.check_output([sys.executable, ROOT / "benchmarks" / program, *options, "--markdown"], text=True)
     shown = re.search(
-        rf"<!-- python benchmarks/{program} --markdown -->\n(.*?)<!-- end -->",
+        rf"<!-- python benchmarks/{re.escape(command)} --markdown -->\n(.*?)<!-- end -->",
         (ROOT / "README.md").read_text(),
         re.DOTALL,
     )

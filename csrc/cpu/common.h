@@ -36,6 +36,12 @@ void with_type(DType dtype, const Fn& fn) {
   }
 }
 
+// The kernels that know no 16-bit types.
+template <class Fn>
+void with_real(DType dtype, const Fn& fn) {
+  dtype == DType::f64 ? fn(double{}) : fn(float{});
+}
+
 // out[s] = sum_t weight[t * weight_stride] * rows[t * row_stride + s] for s < count.
 template <class In, class Out>
 inline void combine(const In* rows, int64_t row_stride, const Compute<In>* weight, int64_t weight_stride, int64_t terms,

@@ -7,11 +7,6 @@
 namespace phydi {
 namespace {
 
-template <class Fn>
-void with_real(DType dtype, const Fn& fn) {
-  dtype == DType::f64 ? fn(double{}) : fn(float{});
-}
-
 enum class Mode { set, add, subtract };
 
 // C (rows x columns, row-major) op= A B^T with A (rows x depth) and B (columns x depth), depth <= kGramDepth, given by
@@ -129,10 +124,6 @@ void from_strip(int64_t N, int64_t m, const T* strip, int64_t j, T* x) {
   const int64_t width = std::min<int64_t>(kStrip<T>, m - j);
   for (int64_t i = 0; i < N; ++i) std::copy(strip + i * kStrip<T>, strip + i * kStrip<T> + width, x + i * m + j);
 }
-
-// Rows of the result that one task makes, and columns of A that it keeps in cache for all strips.
-constexpr int64_t kTaskRows = 96;
-constexpr int64_t kTaskDepth = 1024;
 
 }  // namespace
 }  // namespace phydi

@@ -6,14 +6,13 @@ namespace phydi {
 namespace PHYDI_ISA {
 
 void eigh_small(DType dtype, int64_t P, int64_t L, const void* S, void* values, void* vectors, const Threads& threads) {
-  const auto run = [&](auto zero) {
+  with_real(dtype, [&](auto zero) {
     using T = decltype(zero);
     parallel(threads, P, [&](int64_t p) {
       jacobi<T>(L, static_cast<const T*>(S) + p * L * L, L, static_cast<T*>(values) + p * L,
                 static_cast<T*>(vectors) + p * L * L);
     });
-  };
-  dtype == DType::f64 ? run(double{}) : run(float{});
+  });
 }
 
 }  // namespace PHYDI_ISA

@@ -11,7 +11,8 @@ namespace {
 template <class T>
 struct Exp;
 
-// 1/k! for exp(r) on |r| <= log(2)/2; log(2) in two parts, so that x - n log(2) is exact to the last bit.
+// Constants of exp: log(2) in two parts, so that x - n log(2) is exact to the last bit, the range of x whose results
+// are neither 0 nor infinite, and the degree of the series on |r| <= log(2)/2.
 template <>
 struct Exp<double> {
   static constexpr double kLn2High = 0x1.62e42fefa0000p-1, kLn2Low = 0x1.cf79abc9e3b3ap-40;
@@ -27,6 +28,7 @@ struct Exp<float> {
   static constexpr int kMantissa = 23, kBias = 127, kDegree = 7;
 };
 
+// 1/k!
 template <class T, int k>
 constexpr T kInverseFactorial = k == 0 ? T(1) : kInverseFactorial<T, k - 1> / T(k);
 template <class T>

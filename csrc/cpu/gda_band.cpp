@@ -57,18 +57,22 @@ void factor_panel(int64_t rows, int64_t count, T* panel, T* v, T* block) {
     scales[c] = scale;
     for (int64_t i = c + 1; i < rows; ++i) v[i * kBand + c] *= inverse;
     v[c * kBand + c] = T(1);
-    const int64_t from = c / kLanes<T> * kLanes<T>;
-    alignas(64) T w[kBand] = {};
+    // w = scale v^T panel in registers; the columns up to c, which are done, get a factor of 0.
+    constexpr int64_t lanes = kLanes<T>, vectors = kBand / lanes;
+    Vec<T> w[vectors] = {};
     for (int64_t i = c; i < rows; ++i) {
       const Vec<T> factor = splat(v[i * kBand + c]);
-      for (int64_t k = from; k < kBand; k += kLanes<T>)
-        store(w + k, load(w + k) + factor * load(panel + i * kBand + k));
+#pragma GCC unroll 16
+      for (int64_t k = 0; k < vectors; ++k) w[k] += factor * load(panel + i * kBand + k * lanes);
     }
-    for (int64_t k = 0; k < kBand; ++k) w[k] = k > c ? w[k] * scale : T(0);
+    for (int64_t k = 0; k < kBand; ++k) w[k / lanes][k % lanes] *= k > c ? scale : T(0);
     for (int64_t i = c; i < rows; ++i) {
       const Vec<T> factor = splat(v[i * kBand + c]);
-      for (int64_t k = from; k < kBand; k += kLanes<T>)
-        store(panel + i * kBand + k, load(panel + i * kBand + k) - factor * load(w + k));
+#pragma GCC unroll 16
+      for (int64_t k = 0; k < vectors; ++k) {
+        T* const to = panel + i * kBand + k * lanes;
+        store(to, load(to) - factor * w[k]);
+      }
     }
     panel[c * kBand + c] = beta * size;
   }
@@ -90,21 +94,11 @@ void factor_panel(int64_t rows, int64_t count, T* panel, T* v, T* block) {
   }
 }
 
-// out (rows x kBand) = x block (or block^T), both kBand wide.
+// out += A x, A with rows and columns at any strides, x and out of kBand columns.
 template <class T>
-void times_block(const Columns<T>& x, const T* block, bool transposed, const Columns<T>& out) {
-  std::vector<T> b(block, block + kBand * kBand);
-  if (transposed)
-    for (int64_t i = 0; i < kBand; ++i)
-      for (int64_t j = 0; j < kBand; ++j) b[i * kBand + j] = block[j * kBand + i];
-  for (int64_t i = 0; i < x.rows(); ++i) {
-    alignas(64) T row[kBand] = {};
-    for (int64_t k = 0; k < kBand; ++k) {
-      const Vec<T> factor = splat(x.at(i, k));
-      for (int64_t j = 0; j < kBand; j += kLanes<T>) store(row + j, load(row + j) + factor * load(&b[k * kBand + j]));
-    }
-    for (int64_t j = 0; j < kBand; j += kLanes<T>) store(&out.at(i, j), load(row + j));
-  }
+void add_product(const T* A, int64_t row_stride, int64_t step_stride, const Columns<T>& x, const Columns<T>& out) {
+  for (int64_t s = 0; s < kBandStrips<T>; ++s)
+    few_columns<T>(out.rows(), x.rows(), A, row_stride, step_stride, x.strip(s), T(1), out.strip(s));
 }
 
 constexpr int64_t kSquare = 192;
@@ -145,23 +139,10 @@ void symmetric_times(const Threads& threads, int64_t n, const T* A, int64_t stri
       for (int64_t c = 0; c < kBand; c += kLanes<T>) store(&y.at(i, c), y.vector(i, c) + part->vector(i, c));
 }
 
-// c (kBand x kBand, row-major) = a^T b of two matrices of kBand columns.
-template <class T>
-void inner_products(const Columns<T>& a, const Columns<T>& b, T* c) {
-  std::fill(c, c + kBand * kBand, T(0));
-  for (int64_t i = 0; i < a.rows(); ++i)
-    for (int64_t r = 0; r < kBand; ++r) {
-      const Vec<T> factor = splat(a.at(i, r));
-      for (int64_t k = 0; k < kBand; k += kLanes<T>)
-        store(c + r * kBand + k, load(c + r * kBand + k) + factor * b.vector(i, k));
-    }
-}
-
 // Two matrices of kBand columns side by side, as an operand of `update`.
 template <class T>
 struct SideBySide {
   const Columns<T>&first, &second;
-  int64_t rows;
 
   Vec<T> operator()(int64_t i, int64_t f, int64_t) const {
     return f < kBand ? first.vector(i, f) : second.vector(i, f - kBand);
@@ -179,7 +160,7 @@ void reduce(const Threads& threads, int64_t N, T* S, T* band, T* blocks) {
     for (int64_t i = 0; i < n; ++i)
       std::copy(S + (first + i) * N + k, S + (first + i) * N + first, panel.get() + i * kBand);
     factor_panel<T>(n, kBand, panel.get(), vectors.get(), block);
-    Columns<T> V(n), X(n), W(n);
+    Columns<T> V(n), W(n), product(n), square(kBand), inner(kBand);
     for (int64_t i = 0; i < n; ++i) {
       // R to the band's place, above it in the matrix; the vectors to S.
       for (int64_t c = 0; c < kBand; ++c) {
@@ -189,28 +170,29 @@ void reduce(const Threads& threads, int64_t N, T* S, T* band, T* blocks) {
       std::copy(vectors.get() + i * kBand, vectors.get() + (i + 1) * kBand, S + (first + i) * N + k);
     }
     // A' = A - V W^T - W V^T with X = A V block, W = X - V block^T (V^T X) / 2.
-    times_block<T>(V, block, false, W);
-    X.clear();
-    symmetric_times<T>(threads, n, S + first * N + first, N, W, X);
-    T inner[kBand * kBand], half[kBand * kBand];
-    inner_products<T>(V, X, inner);
+    for (int64_t r = 0; r < kBand; ++r)
+      for (int64_t c = 0; c < kBand; ++c) square.at(r, c) = block[r * kBand + c];
+    product.clear();
+    add_product<T>(vectors.get(), kBand, 1, square, product);
+    W.clear();
+    symmetric_times<T>(threads, n, S + first * N + first, N, product, W);
+    inner.clear();
+    add_product<T>(vectors.get(), 1, kBand, W, inner);
     for (int64_t r = 0; r < kBand; ++r)
       for (int64_t c = 0; c < kBand; ++c) {
         T total = 0;
-        for (int64_t m = 0; m <= r; ++m) total += block[m * kBand + r] * inner[m * kBand + c];
-        half[r * kBand + c] = -total / 2;
+        for (int64_t m = 0; m <= r; ++m) total += block[m * kBand + r] * inner.at(m, c);
+        square.at(r, c) = -total / 2;
       }
-    times_block<T>(V, half, false, W);
-    for (int64_t i = 0; i < n; ++i)
-      for (int64_t c = 0; c < kBand; c += kLanes<T>) store(&W.at(i, c), W.vector(i, c) + X.vector(i, c));
-    update<T>(threads, Mode::subtract, true, n, n, 2 * kBand, SideBySide<T>{V, W, n}, SideBySide<T>{W, V, n},
+    add_product<T>(vectors.get(), kBand, 1, square, W);
+    update<T>(threads, Mode::subtract, true, n, n, 2 * kBand, SideBySide<T>{V, W}, SideBySide<T>{W, V},
               S + first * N + first, N);
   }
   // What no panel reduced: the diagonal blocks.
   for (int64_t i = 0; i < N; ++i) {
     const int64_t start = i / kBand * kBand;
     for (int64_t j = start; j <= i; ++j) band[i * (kBand + 1) + kBand - i + j] = S[i * N + j];
-    for (int64_t j = i - kBand; j < std::min<int64_t>(start, 0); ++j) band[i * (kBand + 1) + kBand - i + j] = T(0);
+    for (int64_t j = i - kBand; j < 0; ++j) band[i * (kBand + 1) + kBand - i + j] = T(0);
   }
 }
 

@@ -75,6 +75,10 @@ bool cholesky(const Threads& threads, int64_t N, T* A) {
   return true;
 }
 
+// Rows of the result that one task makes, and columns of A that it keeps in cache for all strips.
+constexpr int64_t kTaskRows = 96;
+constexpr int64_t kTaskDepth = 1024;
+
 // out (N x m) = A (N x N) X (N x m).
 template <class T>
 void times(const Threads& threads, int64_t N, int64_t m, const T* A, const T* X, T* out) {

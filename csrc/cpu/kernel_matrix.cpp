@@ -1,5 +1,6 @@
 // Kernel matrices: one pass over the features forms the pairwise sums of a block, and an epilogue makes of it the
 // kernels of all gammas while it is in cache.
+#include <cmath>
 #include <vector>
 
 #include "gram.h"
@@ -96,10 +97,11 @@ struct KernelMatrix {
     return o ? v - load_some(o + f, n) : v;
   }
 
+  // Of what is finite: a NaN must not reach the other points.
   void mean(const T* x, T* out_mean) const {
     std::vector<double> total(d);
     for (int64_t i = 0; i < N; ++i)
-      for (int64_t f = 0; f < d; ++f) total[f] += x[i * d + f];
+      for (int64_t f = 0; f < d; ++f) total[f] += std::isfinite(x[i * d + f]) ? x[i * d + f] : T(0);
     for (int64_t f = 0; f < d; ++f) out_mean[f] = T(total[f] / double(N));
   }
 
@@ -215,7 +217,7 @@ struct KernelMatrix {
 void kernel_matrix(DType dtype, Kernel kernel, int64_t G, int64_t B, int64_t N, int64_t M, int64_t d, bool symmetric,
                    const void* X, const void* Y, const void* gamma, int64_t degree, double coef0, void* out,
                    const Threads& threads) {
-  const auto run = [&](auto zero) {
+  with_real(dtype, [&](auto zero) {
     using T = decltype(zero);
     KernelMatrix<T>{kernel,
                     G,
@@ -232,8 +234,7 @@ void kernel_matrix(DType dtype, Kernel kernel, int64_t G, int64_t B, int64_t N, 
                     static_cast<T*>(out),
                     threads}
         .run();
-  };
-  dtype == DType::f64 ? run(double{}) : run(float{});
+  });
 }
 
 }  // namespace PHYDI_ISA
