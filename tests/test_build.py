@@ -161,7 +161,8 @@ def test_wheel_without_kernels(tmp_path):
     metadata = wheel.read(f"phydi_kernels-{phydi_kernels.__version__}.dist-info/METADATA").decode()
     for line in ("Requires-Dist: torch>=2.13", "License-Expression: Apache-2.0", "Requires-Python: >=3.10"):
         assert f"\n{line}\n" in metadata
-    assert set(re.findall(r"^Provides-Extra: (\w+)$", metadata, re.MULTILINE)) == {"demo", "test", "bench", "dev"}
+    extras = {"discriminant", "demo", "test", "bench", "dev"}
+    assert set(re.findall(r"^Provides-Extra: (\w+)$", metadata, re.MULTILINE)) == extras
     scripts = wheel.read(f"phydi_kernels-{phydi_kernels.__version__}.dist-info/entry_points.txt").decode()
     assert "phydi-kernels = phydi_kernels.cli:main" in scripts
 
