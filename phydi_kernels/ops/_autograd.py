@@ -31,11 +31,15 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
 def register_autograd(library: torch.library.Library, op: Any, backward: Callable, setup_context: Callable) -> None:
     """Registers ``backward(ctx, *grads)`` and ``setup_context(ctx, inputs, output)`` for an operator of ``library``."""
 
-    def forward(*args: Any) -> Any:
-        # Below view tracking too: a result that is a view of what a kernel made is no view of an argument. A Function
-        # turns grad mode off, which the next level of torch.func needs to record.
-        with torch.enable_grad(), torch._C._AutoDispatchBelowADInplaceOrView():
+    def below(*args: Any) -> Any:
+        # Below view tracking too: a result that is a view of what a kernel made is not a view of an argument.
+        with torch._C._AutoDispatchBelowADInplaceOrView():
             return op(*args)
+
+    def forward(*args: Any) -> Any:
+        # A Function turns grad mode off, which the next level of torch.func needs to record.
+        with torch.enable_grad():
+            return below(*args)
 
     def jvp(ctx: Any, *tangents: Any) -> Any:
         raise NotImplementedError(f"{op.name()} has no forward-mode derivative; use reverse mode (backward, jacrev)")
@@ -57,7 +61,7 @@ def register_autograd(library: torch.library.Library, op: Any, backward: Callabl
         if recording or forward_ad._current_level >= 0:
             with enable_single_level_autograd_function():
                 return function.apply(*args)
-        return forward(*args)
+        return below(*args)
 
     library.impl(op.name().split("::")[1], kernel, "Autograd")
 
