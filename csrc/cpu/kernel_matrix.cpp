@@ -61,7 +61,7 @@ struct KernelMatrix {
   void each_problem(bool expand) const {
     const int64_t strips = ceil_div(M, kStrip<T>), strip_size = d * kStrip<T>;
     const int64_t blocks = ceil_div(N, kGramRows);
-    // Small problems are one task each; the strips of a large one are shared by its row blocks.
+    // Small problems are packed and run together: one alone has too few tasks for the threads.
     const int64_t together = std::max<int64_t>(1, std::min(B, (int64_t(1) << 20) / std::max<int64_t>(1, M * d)));
     Scratch<T> packed(together * strips * strip_size);
     Scratch<T> center(together * std::max<int64_t>(d, 1)), x_lengths(together * N), y_lengths(together * M);

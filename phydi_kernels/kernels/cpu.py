@@ -120,16 +120,20 @@ def load() -> str:
     return ""
 
 
+def warn(reason: str) -> None:
+    """Says why compiled kernels do not run, to who calls ``available``."""
+    warnings.warn(
+        f"phydi_kernels: {reason}; the plain PyTorch implementation runs instead, slower. See `phydi-kernels info`.",
+        stacklevel=3,
+    )
+
+
 @functools.cache
 def available() -> bool:
     """Whether the compiled kernels run. Warns once, with the reason, when they do not."""
     reason = load()
     if reason:
-        warnings.warn(
-            f"phydi_kernels: {reason}; the plain PyTorch implementation runs instead, slower. "
-            "See `phydi-kernels info`.",
-            stacklevel=2,
-        )
+        warn(reason)
     return not reason
 
 

@@ -7,7 +7,6 @@ are int64), contiguous, and on one device; K may be one matrix expanded over the
 from __future__ import annotations
 
 import functools
-import warnings
 
 import torch
 
@@ -45,9 +44,5 @@ def available() -> bool:
     """Whether the compiled kernels run on CUDA tensors. Warns once, with the reason, when they do not."""
     reason = load()
     if reason:
-        warnings.warn(
-            f"phydi_kernels: {reason}; the plain PyTorch implementation runs instead, slower. "
-            "See `phydi-kernels info`.",
-            stacklevel=2,
-        )
+        cpu.warn(reason)
     return not reason

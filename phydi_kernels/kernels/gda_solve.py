@@ -251,7 +251,7 @@ def _by_qr(K: Tensor, c: Classes, tau: Tensor) -> tuple[Factor, Tensor, Tensor]:
         ridge = tau.sqrt()[..., None, None] * torch.eye(K.shape[-1], dtype=K.dtype, device=K.device)
         R = torch.linalg.qr(torch.cat((B.expand_as(ridge), ridge), -2), mode="r").R
         pivots = R.diagonal(dim1=-2, dim2=-1).abs()
-        # Not `>`: NaN fails.
+        # The negation of `>`, not `<=`: NaN fails.
         singular = ~(pivots.amin(-1) > K.shape[-1] * torch.finfo(K.dtype).eps * pivots.amax(-1))
         return _factor(K, R.mT.contiguous()), singular
 
@@ -278,7 +278,7 @@ def factor(K: Tensor, c: Classes, tau: Tensor, solver: str) -> tuple[Factor, Ten
     least, largest = values.amin(-1).clamp_min(0), values.amax(-1)
 
     def attempt(tau: Tensor) -> tuple[Factor, Tensor]:
-        # Not `>`: NaN fails.
+        # The negation of `>`, not `<=`: NaN fails.
         return kept, ~((least + tau > torch.finfo(K.dtype).eps * largest) & (least + tau > 0) & finite)
 
     return _with_raises(attempt, K, c, tau)
