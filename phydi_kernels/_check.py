@@ -25,8 +25,16 @@ def check_divisible(name: str, value: Any, n: int) -> int:
     """``value`` as an int >= 1 that n divides."""
     value = check_integer(name, value)
     if value % n:
-        raise ValueError(f"{name}={value} is not divisible by n={n}")
+        below = value // n * n
+        nearest = f"{below} and {below + n} are the nearest sizes that are" if below else f"{n} is the smallest"
+        raise ValueError(f"{name}={value} is not divisible by n={n}; {nearest}")
     return value
+
+
+def check_flag(name: str, value: Any) -> None:
+    """TypeError unless ``value`` is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}={value!r} must be True or False")
 
 
 def check_per_dimension(name: str, value: Any, dims: int, *, least: int) -> tuple[int, ...]:
@@ -47,6 +55,14 @@ def check_padding(padding: Any, stride: Sequence[int], dims: int) -> str | tuple
     if padding == "same" and any(s != 1 for s in stride):
         raise ValueError(f'padding="same" needs stride 1, not {tuple(stride)}')
     return padding
+
+
+def check_probability(name: str, value: Any) -> float:
+    """``value`` as a float from 0 to 1."""
+    value = check_finite(name, value)
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name}={value} must be a probability from 0 to 1")
+    return value
 
 
 def check_finite(name: str, value: Any) -> float:

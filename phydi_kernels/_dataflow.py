@@ -64,7 +64,8 @@ class Dataflow:
         None also where the calls are not known: see :meth:`obstacles`.
         """
         call = self._only_call(self._modules[name])
-        if call is None or len(call[1].users) != 1:
+        # With keywords the module computes more than its class says, such as a residual connection.
+        if call is None or len(call[1].users) != 1 or call[1].kwargs:
             return None
         owner, node = call
         (user,) = node.users

@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._check import DTYPES, check_padding, check_per_dimension
+from ._check import DTYPES, check_integer, check_padding, check_per_dimension
 from ._gda import GDASolution, discriminant_criterion, gda_solve, kernel_matrix
 from .kernels.phc_conv import output_size
 from .ops import phc_conv as _phc_conv
 from .ops import phc_conv_factored as _phc_conv_factored
 from .ops import phm_linear as _phm_linear
 from .ops import phm_linear_factored as _phm_linear_factored
-from .ops._autograd import autocast_enabled, may_skip_dispatch
+from .ops._autograd import autocast_enabled, may_skip_dispatch, without_autocast
 from .ops._family import Operator
 from .reference import compute_dtype
 
@@ -38,6 +38,7 @@ __all__ = [
     "phc_conv2d_factored",
     "phc_conv3d",
     "phc_conv3d_factored",
+    "phm_embedding",
     "phm_linear",
     "phm_linear_factored",
 ]
@@ -122,6 +123,68 @@ def phm_linear_factored(
             type (autocast leaves them as they are), and must have the same R.
     """
     return _linear(_phm_linear_factored.OP, x, {"U": U, "V": V, "W": W}, F, bias, residual, alpha, activation)
+
+
+def phm_embedding(input: Tensor, A: Tensor, F: Tensor, *, padding_idx: int | None = None) -> Tensor:
+    r"""Rows of the table of a parameterized hypercomplex embedding, which is never formed.
+
+    .. math:: E = \sum_i A_i \otimes F_i, \qquad y_{lq+s} = \sum_i A_{ikl} F_{irs} \quad \text{for index } kp + r
+
+    Time and memory are O(tokens * Q*q * n), and O(n p q) for the gradient of F.
+
+    Args:
+        input: indices from 0 to P*p - 1, int32 or int64, of any shape.
+        A: the algebra ``(n, P, Q)``.
+        F: the weights ``(n, p, q)``, with the dtype of A, one of those above. The 16-bit types are added and multiplied
+            in float32 and rounded once. Autocast changes nothing, as for :func:`torch.nn.functional.embedding`.
+        padding_idx: an index, from the end if negative, whose row is 0 and has no gradient.
+
+    Returns:
+        ``(*input.shape, Q*q)``, dtype and device of F.
+
+    Raises:
+        TypeError: an argument that is not a tensor, indices that are no integers, mixed dtypes.
+        ValueError: shapes or devices that do not fit, or a ``padding_idx`` out of range.
+        IndexError: an index out of range, on a CPU outside of ``torch.compile``; elsewhere as
+            :func:`torch.nn.functional.embedding`.
+    """
+    for name, t in (("input", input), ("F", F)):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, not {type(t).__name__}")
+    _check_tensors(F, {"A": A}, "F")
+    if F.dim() != 3 or 0 in F.shape:
+        raise ValueError(f"F has shape {tuple(F.shape)}; it must be (n, p, q), not empty")
+    P, _ = _check_algebra(F, A)
+    if input.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"input has dtype {input.dtype}; indices must be torch.int32 or torch.int64")
+    if input.device != F.device:
+        raise ValueError(f"input is on {input.device} but F is on {F.device}; all tensors of a call share one device")
+    rows = P * F.shape[1]
+    if padding_idx is not None and check_integer("padding_idx", padding_idx, least=-rows) >= rows:
+        raise ValueError(f"padding_idx={padding_idx} must be None or from {-rows} to {rows - 1}")
+    if torch.compiler.is_compiling():
+        y = _rows_of_table(input.long(), A, F)
+    else:
+        try:
+            y = _rows_of_table(input.long(), A, F)
+        except IndexError:
+            low, high = (int(bound) for bound in input.aminmax())
+            raise IndexError(f"input holds indices from {low} to {high}; they must be from 0 to {rows - 1}") from None
+    if padding_idx is not None:
+        y = y.masked_fill((input == padding_idx % rows).unsqueeze(-1), 0)
+    return y
+
+
+def _rows_of_table(index: Tensor, A: Tensor, F: Tensor) -> Tensor:
+    n, p, q = F.shape
+    block = index.div(p, rounding_mode="floor")
+    terms = torch.arange(n, device=index.device) * p
+    rows = torch.nn.functional.embedding((index - block * p).unsqueeze(-1) + terms, F.reshape(n * p, q))
+    factors = torch.nn.functional.embedding(block, A.transpose(0, 1).flatten(1)).unflatten(-1, (n, A.shape[2]))
+    wide = compute_dtype(F.dtype)
+    with without_autocast(F.device):
+        y = factors.to(wide).transpose(-1, -2) @ rows.to(wide)
+    return y.flatten(-2).to(F.dtype)
 
 
 def _linear(
@@ -439,13 +502,13 @@ def _check(
     return out_features, in_features, plain
 
 
-def _check_tensors(x: Tensor, others: dict[str, Any]) -> bool:
-    """Types, layouts, dtypes and devices; returns whether all are plain tensors on the CPU."""
+def _check_tensors(x: Tensor, others: dict[str, Any], first: str = "x") -> bool:
+    """Types, layouts, dtypes and devices; returns whether all are plain tensors on the CPU. ``first`` names x."""
     dtype, device = x.dtype, x.device
     if dtype not in DTYPES:
-        raise TypeError(f"x has dtype {dtype}; allowed are {', '.join(str(d) for d in DTYPES)}")
+        raise TypeError(f"{first} has dtype {dtype}; allowed are {', '.join(str(d) for d in DTYPES)}")
     plain = x.is_cpu
-    for name, t in (("x", x), *others.items()):
+    for name, t in ((first, x), *others.items()):
         if t is None and name in _OPTIONAL:
             continue
         if not isinstance(t, Tensor):
@@ -454,12 +517,16 @@ def _check_tensors(x: Tensor, others: dict[str, Any]) -> bool:
             raise TypeError(f"{name} is nested or has layout {t.layout}; it must be a dense tensor")
         if t.dtype is not dtype:
             if name not in ("U", "V", "W"):
-                raise TypeError(f"{name} has dtype {t.dtype} but x has {dtype}; all tensors of a call share one dtype")
+                raise TypeError(
+                    f"{name} has dtype {t.dtype} but {first} has {dtype}; all tensors of a call share one dtype"
+                )
             if t.dtype is not compute_dtype(dtype):
                 allowed = " or ".join(map(str, dict.fromkeys((dtype, compute_dtype(dtype)))))
-                raise TypeError(f"{name} has dtype {t.dtype}; beside x of dtype {dtype} it must have {allowed}")
+                raise TypeError(f"{name} has dtype {t.dtype}; beside {first} of dtype {dtype} it must have {allowed}")
         if t.device != device:
-            raise ValueError(f"{name} is on {t.device} but x is on {device}; all tensors of a call share one device")
+            raise ValueError(
+                f"{name} is on {t.device} but {first} is on {device}; all tensors of a call share one device"
+            )
         plain = plain and type(t) in _PLAIN
     return plain
 

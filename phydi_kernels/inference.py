@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import Module, Parameter
 from tqdm import tqdm
 
+from ._check import check_flag
 from ._dataflow import Dataflow
 from .algebra import BilinearAlgorithm, DecompositionError, decompose
 from .nn import PHConv1d, PHConv2d, PHConv3d, PHMLinear, PHYDILinear
@@ -154,8 +155,7 @@ def optimize_for_inference(
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
     flags = {"inplace": inplace, "prepack": prepack, "fold_batchnorm": fold_batchnorm, "fuse_relu": fuse_relu}
     for name, flag in (*flags.items(), ("progress", progress), ("verbose", verbose)):
-        if not isinstance(flag, bool):
-            raise TypeError(f"{name}={flag!r} must be True or False")
+        check_flag(name, flag)
     if model.training:
         raise ValueError("model is in training mode; call model.eval() first")
     if inplace and type(model) in _LAYERS:

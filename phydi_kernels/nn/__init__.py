@@ -2,8 +2,17 @@
 
 from .discriminant_loss import DiscriminantLoss
 from .kernel_discriminant import KernelDiscriminant
+from .ph_transformer import (
+    PHTransformer,
+    PHTransformerDecoder,
+    PHTransformerDecoderLayer,
+    PHTransformerEncoder,
+    PHTransformerEncoderLayer,
+)
 from .phc_conv import PHConv1d, PHConv2d, PHConv3d
+from .phm_embedding import PHMEmbedding
 from .phm_linear import PHMLinear
+from .phm_multihead_attention import PHMMultiheadAttention
 from .phydi_linear import PHYDILinear
 from .phydi_residual import PHYDIResidual
 
@@ -13,7 +22,14 @@ __all__ = [
     "PHConv1d",
     "PHConv2d",
     "PHConv3d",
+    "PHMEmbedding",
     "PHMLinear",
+    "PHMMultiheadAttention",
+    "PHTransformer",
+    "PHTransformerDecoder",
+    "PHTransformerDecoderLayer",
+    "PHTransformerEncoder",
+    "PHTransformerEncoderLayer",
     "PHYDILinear",
     "PHYDIResidual",
 ]

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from .. import reference
-from .._check import DTYPES
+from .._check import DTYPES, check_flag
 from ._init import check_init, check_rank, initialize
 
 
@@ -58,8 +58,7 @@ class HypercomplexLayer(Module):
         if dtype is not None and dtype not in DTYPES:
             raise TypeError(f"dtype={dtype!r} is not one of {', '.join(map(str, DTYPES))}")
         for name, flag in (("bias", bias), ("kron_weights", kron_weights), ("learn_algebra", learn_algebra)):
-            if not isinstance(flag, bool):
-                raise TypeError(f"{name}={flag!r} must be True or False")
+            check_flag(name, flag)
         self.n = n
         self.algebra_rank = check_rank("algebra_rank", algebra_rank, n)
         self.init = check_init("init", init, n)
@@ -76,7 +75,7 @@ class HypercomplexLayer(Module):
 
     def reset_parameters(self) -> None:
         """Draws all parameters anew, as the constructor does."""
-        initialize(self._algebra(), self.F, self.bias, self.init)
+        initialize(self._algebra(), self.F, self.bias, self.init, self._variance())
         if self.kron_weights is not None:
             torch.nn.init.ones_(self.kron_weights)
 
@@ -94,6 +93,10 @@ class HypercomplexLayer(Module):
         Formed at each call.
         """
         return reference.dense_weight(self.structure(), self.F)
+
+    def _variance(self) -> float | None:
+        """Of H at the start, where it is not the rule of linear layers and convolutions."""
+        return None
 
     def _algebra(self) -> list[Tensor]:
         """A alone, or U, V and W."""

@@ -5,7 +5,7 @@ Var(H) = n Var(A) Var(F); for a given A, the mean square of H over its entries i
 
 * ``"fan"`` gives H the variance of a dense layer's weight: A normal with variance 1/n, F normal with variance
   v / mean_kl(sum_i A[i, k, l]^2), where v = 2 / (fan_in + fan_out) for a linear layer (Glorot and Bengio, 2010) and
-  v = 2 / fan_in for a convolution (He et al., 2015), fan_in = in_channels * kernel positions.
+  v = 2 / fan_in for a convolution (He et al., 2015), fan_in = in_channels * kernel positions; an embedding names its v.
 * a structure tensor: A starts from it, F follows by the same rule.
 * ``"reference"``, as published: xavier_uniform_ on the whole stacks A (n, n, n) and F (n, p, q, ...), whose fans torch
   takes as n*n and n*n, p*q*positions and n*q*positions. So Var(A) = 1/n^2, Var(F) = 2 / (q (p + n) positions) and
@@ -77,8 +77,13 @@ def check_rank(name: str, rank: Any, n: int) -> int | None:
 
 
 @torch.no_grad()
-def initialize(algebra: Sequence[Tensor], F: Tensor, bias: Tensor | None, init: str | Tensor) -> None:
-    """Fills ``algebra``, which is A (n, n, n) or U, V and W (R, n), F (n, p, q, *kernel) and bias (n*p,) in place."""
+def initialize(
+    algebra: Sequence[Tensor], F: Tensor, bias: Tensor | None, init: str | Tensor, variance: float | None = None
+) -> None:
+    """Fills ``algebra``, which is A (n, n, n) or U, V and W (R, n), F (n, p, q, *kernel) and bias (n*p,) in place.
+
+    ``variance`` is that of H, where it is not the one of a linear layer or a convolution; "reference" has its own.
+    """
     n, p, q, *kernel = F.shape
     fan_in = n * q * math.prod(kernel)
     published = isinstance(init, str) and init == "reference"
@@ -93,7 +98,8 @@ def initialize(algebra: Sequence[Tensor], F: Tensor, bias: Tensor | None, init: 
     if published:
         torch_init.xavier_uniform_(F)
     else:
-        variance = 2 / fan_in if kernel else 2 / (fan_in + n * p)
+        if variance is None:
+            variance = 2 / fan_in if kernel else 2 / (fan_in + n * p)
         wide = [t.to(torch.promote_types(t.dtype, torch.float32)) for t in algebra]
         A = reference.structure(*wide) if len(wide) > 1 else wide[0]
         F.normal_(std=math.sqrt(variance)).mul_(n / torch.linalg.vector_norm(A))

@@ -155,10 +155,22 @@ class FactoredPHMLinear(FactoredLayer):
         # Transposed, (R, q, p): the CPU kernels then read the weights of all outputs side by side.
         return weights.transpose(1, 2)
 
-    def forward(self, x: Tensor) -> Tensor:
-        *tensors, alpha = self._tensors()
-        residual = x if self.residual else None
-        return functional.phm_linear_factored(x, *tensors, residual=residual, alpha=alpha, activation=self.activation)
+    def forward(
+        self, x: Tensor, *, residual: Tensor | None = None, alpha: Tensor | None = None, activation: str = "none"
+    ) -> Tensor:
+        """As :class:`PHMLinear`; a layer with an alpha, an activation or a residual of its own takes none of them."""
+        *tensors, own_alpha = self._tensors()
+        if own_alpha is None and self.activation == "none" and not self.residual:
+            epilogue: dict[str, Any] = {"residual": residual, "alpha": alpha, "activation": activation}
+            return functional.phm_linear_factored(x, *tensors, **epilogue)
+        if residual is not None or alpha is not None or activation != "none":
+            raise ValueError(
+                f"residual, alpha and activation={activation!r} must not be given: the layer has its own ({self})"
+            )
+        own_residual = x if self.residual else None
+        return functional.phm_linear_factored(
+            x, *tensors, residual=own_residual, alpha=own_alpha, activation=self.activation
+        )
 
     def extra_repr(self) -> str:
         sizes = f"in_features={self.in_features}, out_features={self.out_features}, "

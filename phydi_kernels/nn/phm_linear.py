@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -86,8 +88,12 @@ class PHMLinear(HypercomplexLayer):
         self.out_features = out_features
         self.reset_parameters()
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self._product(functional.phm_linear, functional.phm_linear_factored, x)
+    def forward(
+        self, x: Tensor, *, residual: Tensor | None = None, alpha: Tensor | None = None, activation: str = "none"
+    ) -> Tensor:
+        """y = residual + alpha * act(H x + b), as :func:`phydi_kernels.functional.phm_linear`, in one fused call."""
+        epilogue: dict[str, Any] = {"residual": residual, "alpha": alpha, "activation": activation}
+        return self._product(functional.phm_linear, functional.phm_linear_factored, x, **epilogue)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, n={self.n}{self._repr_options()}"
