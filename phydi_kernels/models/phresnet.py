@@ -12,6 +12,7 @@ from torch.nn import Module, Parameter
 
 from .._check import check_integer
 from ..nn import PHConv2d
+from ..nn._fixup import Scale, Shift, branch_scale
 from ..nn._init import check_init, check_rank
 
 Conv = PHConv2d | nn.Conv2d
@@ -130,7 +131,7 @@ class PHResNet(Module):
                 channels = out_channels
             layers.append(layer)
         self.layer1, self.layer2, self.layer3, self.layer4 = layers
-        self.shift = _Shift(options) if init == "fixup" else nn.Identity()
+        self.shift = Shift(options) if init == "fixup" else nn.Identity()
         self.linear = nn.Linear(channels, num_classes, **options)
         if init == "fixup":
             self._scale_fixup()
@@ -152,7 +153,7 @@ class PHResNet(Module):
         for block in blocks:
             *convs, last = (m for m in block.branch if isinstance(m, (PHConv2d, nn.Conv2d)))
             for c in convs:
-                _weight(c).mul_(len(blocks) ** (-1 / (2 * len(convs))))
+                _weight(c).mul_(branch_scale(len(blocks), len(convs) + 1))
             _weight(last).zero_()
         self.linear.weight.zero_()
         self.linear.bias.zero_()
@@ -181,36 +182,6 @@ class ResidualBlock(Module):
         if self.alpha is None:
             return torch.relu_(shortcut + branch)
         return shortcut + self.alpha * torch.relu(branch)
-
-
-class _Shift(Module):
-    """Fixup's scalar bias."""
-
-    def __init__(self, options: dict[str, Any]) -> None:
-        super().__init__()
-        self.bias = Parameter(torch.empty(1, **options))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        nn.init.zeros_(self.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.bias
-
-
-class _Scale(Module):
-    """Fixup's scalar factor."""
-
-    def __init__(self, options: dict[str, Any]) -> None:
-        super().__init__()
-        self.weight = Parameter(torch.empty(1, **options))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        nn.init.ones_(self.weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.weight
 
 
 def _conv_factory(
@@ -271,11 +242,11 @@ def _fixup_chain(convs: list[Conv], options: dict[str, Any], *, scale: bool = Fa
     for i, conv in enumerate(convs, start=1):
         if i > 1:
             layers[f"relu{i - 1}"] = nn.ReLU()
-        layers[f"bias{i}a"] = _Shift(options)
+        layers[f"bias{i}a"] = Shift(options)
         layers[f"conv{i}"] = conv
         if scale and i == len(convs):
-            layers["scale"] = _Scale(options)
-        layers[f"bias{i}b"] = _Shift(options)
+            layers["scale"] = Scale(options)
+        layers[f"bias{i}b"] = Shift(options)
     return nn.Sequential(layers)
 
 
