@@ -11,6 +11,9 @@ constexpr int kChunk = 1024;
 template <class T>
 constexpr T kNaN = std::numeric_limits<T>::quiet_NaN();
 
+// The class sums of K belong here and not to the tiles of kernel_matrix: a tile knows 64 columns, so that sums without
+// atomics would first write N^2 L / 64 partial ones, and K has to be read here in any case.
+//
 // A block a row. Every class is summed by one thread, or by several that each take a part of the columns, in a fixed
 // order: no atomics, so a rerun gives the same bits. The row is read again for the second pass, from the cache.
 template <class T>
