@@ -83,6 +83,8 @@ class PHTransformerLM(Module):
                 nn.init.zeros_(p)  # type: ignore[arg-type]
 
     def forward(self, tokens: Tensor) -> Tensor:
+        if not isinstance(tokens, Tensor):
+            raise TypeError(f"tokens must be a torch.Tensor, not {type(tokens).__name__}")
         if tokens.dim() != 2:
             raise ValueError(f"tokens has shape {tuple(tokens.shape)}; it must be (batch, length)")
         x = self.embedding(tokens) * math.sqrt(self.d_model)

@@ -86,7 +86,7 @@ class PHTransformerLayer(Module):
         self._start()
 
     def reset_parameters(self) -> None:
-        """Draws all parameters anew, as the constructor does."""
+        """Draws all parameters anew, as the constructor does; those of the parts too, so that it comes after them."""
         scalars = (*self.shifts, *self.scales) if self.norm == "fixup" else ()
         for module in (*self.children(), *scalars):
             if hasattr(module, "reset_parameters"):
@@ -408,6 +408,8 @@ class PHTransformer(Module):
     ) -> None:
         super().__init__()
         options = _options(algebra_rank, kron_weights, init, learn_algebra, device, dtype)
+        num_encoder_layers = check_integer("num_encoder_layers", num_encoder_layers)
+        num_decoder_layers = check_integer("num_decoder_layers", num_decoder_layers)
         sizes = d_model, nhead, n, dim_feedforward
         shared: tuple[Any, ...] = dropout, activation, layer_norm_eps, batch_first, norm, bias
 

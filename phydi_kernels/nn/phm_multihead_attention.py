@@ -112,7 +112,7 @@ class PHMMultiheadAttention(Module):
         self._reset_biases()
 
     def reset_parameters(self) -> None:
-        """Draws all parameters anew, as the constructor does."""
+        """Draws all parameters anew, as the constructor does; those of the parts too, so that it comes after them."""
         for projection in self.children():
             projection.reset_parameters()  # type: ignore[operator]
         self._reset_biases()
