@@ -40,7 +40,7 @@ LEFT_ALIGNED = ("layer", "algebra", "pass", "dtype", "asked")
 # The README's tables: a row for each layer, n and algebra, whose cells are ratios at one thread.
 DTYPES = ("float32", "bfloat16")
 PASSES = {"forward": "Inference", "forward+backward": "Training step"}
-KINDS = ("linear", "conv2d", "PHResNet18")
+KINDS = ("linear", "conv2d", "PHMEmbedding", "PHResNet18", "PHResNet50", "PHTransformerLM")
 
 
 def summary(times: Mapping[str, Sequence[float]]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch
 
 from phydi_kernels.kernels import cpu
 
-pytest.register_assert_rewrite("helpers", "op_cases", "op_checks")
+pytest.register_assert_rewrite("dense_twins", "helpers", "op_cases", "op_checks")
 
 hypothesis.settings.register_profile("default", deadline=None, max_examples=25)
 hypothesis.settings.register_profile("ci", deadline=None, max_examples=25, derandomize=True)

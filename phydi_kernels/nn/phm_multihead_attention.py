@@ -166,6 +166,9 @@ class PHMMultiheadAttention(Module):
             TypeError: masks of another dtype than bool or query's.
             ValueError: shapes that do not fit.
         """
+        for name, mask in (("key_padding_mask", key_padding_mask), ("attn_mask", attn_mask)):
+            if mask is not None and not isinstance(mask, Tensor):
+                raise TypeError(f"{name} must be a torch.Tensor or None, not {type(mask).__name__}")
         q, k, v, batched = self._project(query, key, value)
         if self.bias_k is not None and self.bias_v is not None:
             k, v = (torch.cat((t, b.expand(t.shape[0], -1, -1)), 1) for t, b in ((k, self.bias_k), (v, self.bias_v)))
