@@ -168,8 +168,12 @@ def phm_embedding(input: Tensor, A: Tensor, F: Tensor, *, padding_idx: int | Non
         try:
             y = _rows_of_table(input.long(), A, F)
         except IndexError:
-            low, high = (int(bound) for bound in input.aminmax())
-            raise IndexError(f"input holds indices from {low} to {high}; they must be from 0 to {rows - 1}") from None
+            try:
+                low, high = (int(bound) for bound in input.aminmax())
+                found = f"indices from {low} to {high}"
+            except RuntimeError:  # under vmap no value can be read
+                found = "an index out of range"
+            raise IndexError(f"input holds {found}; indices must be from 0 to {rows - 1}") from None
     if padding_idx is not None:
         y = y.masked_fill((input == padding_idx % rows).unsqueeze(-1), 0)
     return y
@@ -177,13 +181,14 @@ def phm_embedding(input: Tensor, A: Tensor, F: Tensor, *, padding_idx: int | Non
 
 def _rows_of_table(index: Tensor, A: Tensor, F: Tensor) -> Tensor:
     n, p, q = F.shape
+    # Widened before the lookup: its gradient is a sum over all tokens.
+    wide = compute_dtype(F.dtype)
     block = index.div(p, rounding_mode="floor")
     terms = torch.arange(n, device=index.device) * p
-    rows = torch.nn.functional.embedding((index - block * p).unsqueeze(-1) + terms, F.reshape(n * p, q))
-    factors = torch.nn.functional.embedding(block, A.transpose(0, 1).flatten(1)).unflatten(-1, (n, A.shape[2]))
-    wide = compute_dtype(F.dtype)
+    rows = torch.nn.functional.embedding((index - block * p).unsqueeze(-1) + terms, F.to(wide).reshape(n * p, q))
+    factors = torch.nn.functional.embedding(block, A.to(wide).transpose(0, 1).flatten(1)).unflatten(-1, (n, A.shape[2]))
     with without_autocast(F.device):
-        y = factors.to(wide).transpose(-1, -2) @ rows.to(wide)
+        y = factors.transpose(-1, -2) @ rows
     return y.flatten(-2).to(F.dtype)
 
 

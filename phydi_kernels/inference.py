@@ -15,7 +15,7 @@ from tqdm import tqdm
 from ._check import check_flag
 from ._dataflow import Dataflow
 from .algebra import BilinearAlgorithm, DecompositionError, decompose
-from .nn import PHConv1d, PHConv2d, PHConv3d, PHMLinear, PHYDILinear
+from .nn import PHConv1d, PHConv2d, PHConv3d, PHMEmbedding, PHMLinear, PHYDILinear
 from .nn.factored import FactoredLayer, FactoredPHConv, FactoredPHMLinear
 from .reference import structure
 
@@ -112,8 +112,9 @@ def optimize_for_inference(
     with the exact decomposition that :func:`algebra.decompose` finds for the algebra of each layer, its kron_weights w
     included. Within a call equal algebras are decomposed once. A layer that learns U, V and W keeps them. Every
     PHMLinear, PHYDILinear and PHConv1d/2d/3d is replaced, a shared one at all its places, by a
-    :class:`nn.factored.FactoredPHMLinear` or ``FactoredPHConv``, which need no gradients. Left as they are: layers
-    whose algebra has no algorithm with R < P*Q, subclasses, and layers with hooks or parametrizations.
+    :class:`nn.factored.FactoredPHMLinear` or ``FactoredPHConv``, which need no gradients. Left as they are:
+    embeddings, layers whose algebra has no algorithm with R < P*Q, subclasses, and layers with hooks or
+    parametrizations.
 
     The model can be saved, copied, converted, compiled and exported. It takes the state_dict of another one, optimised
     from the same architecture, where the ranks and what was folded agree.
@@ -160,7 +161,7 @@ def optimize_for_inference(
         raise ValueError("model is in training mode; call model.eval() first")
     if inplace and type(model) in _LAYERS:
         raise ValueError(f"inplace=True cannot replace the model itself, a {type(model).__name__}; use inplace=False")
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, _LAYERS)}
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, (*_LAYERS, PHMEmbedding))}
     algorithms = _algorithms(layers, seed, starts, max_growth, progress)
     chosen = [name for name, found in algorithms.items() if isinstance(found, BilinearAlgorithm)]
     dataflow = Dataflow(model) if chosen and (fold_batchnorm or fuse_relu) else None
@@ -220,13 +221,15 @@ class _Fused:
 
 
 def _algorithms(
-    layers: Mapping[str, Layer], seed: int, starts: int | None, max_growth: float | None, progress: bool
+    layers: Mapping[str, Layer | PHMEmbedding], seed: int, starts: int | None, max_growth: float | None, progress: bool
 ) -> dict[str, BilinearAlgorithm | str]:
     """The algorithm of each layer, or why it is left as it is."""
     found: dict[str, BilinearAlgorithm | str] = {}
     contents = {}
     for name, layer in layers.items():
-        if type(layer) not in _LAYERS:
+        if isinstance(layer, PHMEmbedding):
+            found[name] = "a lookup has too few multiplications to save some"
+        elif type(layer) not in _LAYERS:
             found[name] = f"{type(layer).__name__} is a subclass or has parametrizations"
         elif not _plain(layer):
             found[name] = "it has forward hooks or a forward of its own"

@@ -551,7 +551,7 @@ def test_errors_of_a_call(shapes, options, error, message):
 
 @pytest.mark.parametrize("name", ["attn_mask", "key_padding_mask"])
 def test_masks_that_are_no_tensors(name):
-    with pytest.raises(TypeError, match=rf"{name} must be a .*Tensor, not list"):
+    with pytest.raises(TypeError, match=rf"{name} must be a torch.Tensor or None, not list"):
         call(PHMMultiheadAttention(EMBED, HEADS, N), X, **{name: [True]})
 
 
@@ -561,5 +561,5 @@ def test_other_dtype_of_the_input():
     for tensors in ((x.double(), x, x), (x, x.double(), x), (x, x, x.double()), (x.int(), x, x)):
         with pytest.raises(TypeError, match="dtype"):
             layer(*tensors)
-    with pytest.raises(TypeError, match="query must be a .*Tensor, not list"):
+    with pytest.raises(TypeError, match="query must be a torch.Tensor, not list"):
         layer([1.0], x, x)

@@ -1143,3 +1143,12 @@ def test_parametrized_weights_are_the_ones_used(prepack):
     expected = 2 * layer(x)
     nn.utils.parametrize.register_parametrization(layer, "F_hat" if prepack else "F", Double())
     torch.testing.assert_close(layer(x), expected)
+
+
+def test_prepacked_weights_are_combined_in_full_precision_under_autocast():
+    torch.manual_seed(0)
+    layer = PHMLinear(16, 16, 4).eval()
+    expected = optimize_for_inference(layer, prepack=True, progress=False, verbose=False).F_hat
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = optimize_for_inference(layer, prepack=True, progress=False, verbose=False).F_hat
+    assert torch.equal(actual, expected)

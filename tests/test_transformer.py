@@ -594,8 +594,8 @@ def test_meta_device(norm):
     tensors = [torch.empty(LENGTH, BATCH, D, device="meta") for _ in range(2)]
     assert model(*tensors).is_meta
     concrete = model.to_empty(device="cpu")
-    # A layer's own start comes after that of its parts.
-    for module in reversed(list(concrete.modules())):
+    # Parents before their parts: no start depends on the order.
+    for module in concrete.modules():
         if hasattr(module, "reset_parameters"):
             module.reset_parameters()
     x = torch.randn(LENGTH, BATCH, D)
@@ -660,3 +660,45 @@ def test_sub_layers():
     assert isinstance(decoder.multihead_attn, PHMMultiheadAttention)
     assert [name for name, m in decoder.named_children() if isinstance(m, PHMLinear)] == ["linear1", "linear2"]
     assert [name for name, _ in decoder.named_children() if name.startswith("norm")] == ["norm1", "norm2", "norm3"]
+
+
+@pytest.mark.parametrize("norm", ["post", "phydi"])
+def test_other_modules_and_hooks_in_the_place_of_a_linear_layer(norm):
+    """A wrapped or hooked layer computes what it computed, and a hook sees its own result."""
+    layer = randomize(PHTransformerEncoderLayer(D, HEADS, N, FEED, 0.0, norm=norm, dtype=torch.float64))
+    x = normal((LENGTH, BATCH, D), 1)
+    expected = layer(x)
+    own = copy.deepcopy(layer)
+    for parent, name in ((own, "linear1"), (own, "linear2"), (own.self_attn, "out_proj")):
+        part = getattr(parent, name)
+        dense = nn.Linear(part.in_features, part.out_features, dtype=torch.float64)
+        dense.load_state_dict({"weight": part.dense_weight(), "bias": part.bias})
+        setattr(parent, name, dense)
+    torch.testing.assert_close(own(x), expected, **TOLERANCE)
+    seen = {}
+    layer.linear1.register_forward_hook(lambda module, args, y: seen.update(hidden=y, x=args[0]))
+    layer.linear2.register_forward_hook(lambda module, args, y: seen.update(y=y))
+    torch.testing.assert_close(layer(x), expected, **TOLERANCE)
+    torch.testing.assert_close(seen["y"], layer.linear2(torch.relu(layer.linear1(seen["x"]))), **TOLERANCE)
+
+
+def test_a_stack_names_what_it_cannot_take():
+    layer = PHTransformerEncoderLayer(D, HEADS, N, FEED)
+    with pytest.raises(TypeError, match="norm='pre' must be a torch.nn.Module or None"):
+        PHTransformerEncoder(layer, 2, norm="pre")
+    factored = optimize_for_inference(layer.eval(), progress=False, verbose=False)
+    with pytest.raises(TypeError, match="encoder_layer holds a FactoredPHMLinear, which cannot be drawn anew"):
+        PHTransformerEncoder(factored, 2)
+    with pytest.raises(TypeError, match="encoder_layer must be a torch.nn.Module, not str"):
+        PHTransformerEncoder("layer", 2)
+    with pytest.raises(ValueError, match=r"src has shape \(3, 2, 12\).*d_model=16"):
+        layer(torch.zeros(3, 2, 12))
+
+
+@pytest.mark.parametrize("norm", ["post", "pre", "phydi"])
+def test_dtype_under_autocast_is_that_of_evaluation(norm):
+    layer = PHTransformerEncoderLayer(D, HEADS, N, FEED, 0.1, norm=norm)
+    x = torch.randn(LENGTH, BATCH, D).bfloat16()
+    mask = nn.Transformer.generate_square_subsequent_mask(LENGTH)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer.train()(x, mask).dtype == layer.eval()(x, mask).dtype

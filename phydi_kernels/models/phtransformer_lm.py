@@ -11,6 +11,7 @@ from torch.nn import Module
 
 from .._check import check_divisible, check_integer
 from ..nn import PHMEmbedding, PHMLinear, PHTransformerEncoder, PHTransformerEncoderLayer
+from ..nn._base import layer_options
 
 
 class PHTransformerLM(Module):
@@ -20,8 +21,8 @@ class PHTransformerLM(Module):
 
     with a table E of :class:`PHMEmbedding`, sinusoidal positions P (Vaswani et al., 2017), dropout, a causal
     :class:`PHTransformerEncoder` and a :class:`PHMLinear` generator, which has parameters of its own. The table starts
-    with standard deviation 1/sqrt(d). With ``norm="pre"`` the encoder ends with a LayerNorm (Xiong et al., 2020); the
-    published code has none. With ``norm="fixup"`` all logits are 0 at the start.
+    with standard deviation 1/sqrt(d), but for ``init="reference"``. With ``norm="pre"`` the encoder ends with a
+    LayerNorm (Xiong et al., 2020); the published code has none. With ``norm="fixup"`` all logits are 0 at the start.
 
     Args:
         num_tokens: size of the vocabulary, divisible by n.
@@ -61,26 +62,19 @@ class PHTransformerLM(Module):
         super().__init__()
         n = check_integer("n", n)
         num_tokens = check_divisible("num_tokens", num_tokens, n)
-        options: dict[str, Any] = {
-            "algebra_rank": algebra_rank,
-            "kron_weights": kron_weights,
-            "init": init,
-            "learn_algebra": learn_algebra,
-            "device": device,
-            "dtype": dtype,
-        }
+        options = layer_options(algebra_rank, kron_weights, init, learn_algebra, device, dtype)
         layer = PHTransformerEncoderLayer(
             d_model, nhead, n, dim_feedforward, dropout, batch_first=True, norm=norm, alphas=alphas, **options
         )
         last = nn.LayerNorm(d_model, device=device, dtype=dtype) if norm == "pre" else None
         self.num_tokens, self.d_model = num_tokens, d_model
-        self.embedding = PHMEmbedding(num_tokens, d_model, n, std=d_model**-0.5, **options)
+        std = None if isinstance(init, str) and init == "reference" else d_model**-0.5
+        self.embedding = PHMEmbedding(num_tokens, d_model, n, std=std, **options)
         self.dropout = nn.Dropout(dropout)
         self.encoder = PHTransformerEncoder(layer, num_layers, last)
         self.generator = PHMLinear(d_model, num_tokens, n, **options)
         if norm == "fixup":
-            for p in (self.generator.F, self.generator.bias):
-                nn.init.zeros_(p)  # type: ignore[arg-type]
+            self.generator.scale_start(0.0, 0.0)
 
     def forward(self, tokens: Tensor) -> Tensor:
         if not isinstance(tokens, Tensor):
@@ -88,12 +82,13 @@ class PHTransformerLM(Module):
         if tokens.dim() != 2:
             raise ValueError(f"tokens has shape {tuple(tokens.shape)}; it must be (batch, length)")
         x = self.embedding(tokens) * math.sqrt(self.d_model)
-        x = x + sinusoidal_positions(tokens.shape[1], self.d_model, x.device).to(x.dtype)
+        x = x + _sinusoidal_positions(tokens.shape[1], self.d_model, x.dtype, x.device)
         return self.generator(self.encoder(self.dropout(x), is_causal=True))
 
 
-def sinusoidal_positions(length: int, d: int, device: torch.device | None = None) -> Tensor:
-    """``(length, d)`` float32: sin(t w) and cos(t w) by turns for position t, w = 10000^(-2j/d) for their j-th pair."""
-    frequencies = torch.exp(torch.arange(0, d, 2, device=device) * (-math.log(10000.0) / d))
-    angles = torch.arange(length, device=device).unsqueeze(1) * frequencies
-    return torch.stack((angles.sin(), angles.cos()), -1).flatten(1)[:, :d]
+def _sinusoidal_positions(length: int, d: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """``(length, d)``: sin(t w) and cos(t w) by turns for position t, w = 10000^(-2j/d) for their j-th pair."""
+    options: dict[str, Any] = {"dtype": torch.promote_types(dtype, torch.float32), "device": device}
+    frequencies = torch.exp(torch.arange(0, d, 2, **options) * (-math.log(10000.0) / d))
+    angles = torch.arange(length, **options).unsqueeze(1) * frequencies
+    return torch.stack((angles.sin(), angles.cos()), -1).flatten(1)[:, :d].to(dtype)

@@ -11,6 +11,7 @@ from torch.nn import Module, Parameter
 
 from .. import reference
 from .._check import DTYPES, check_flag
+from ..ops._autograd import without_autocast
 from ._init import check_init, check_rank, initialize
 
 
@@ -21,6 +22,25 @@ def apply_to_weights(fn: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
     passed flat, so that they move and change dtype with the rest and keep their layout.
     """
     return fn(t.flatten()).view(t.shape) if t.dim() > 3 else fn(t)
+
+
+def layer_options(
+    algebra_rank: int | str | None,
+    kron_weights: bool,
+    init: str | Tensor,
+    learn_algebra: bool,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+) -> dict[str, Any]:
+    """The keyword-only options of a layer, for those that it holds."""
+    return {
+        "algebra_rank": algebra_rank,
+        "kron_weights": kron_weights,
+        "init": init,
+        "learn_algebra": learn_algebra,
+        "device": device,
+        "dtype": dtype,
+    }
 
 
 class HypercomplexLayer(Module):
@@ -72,27 +92,39 @@ class HypercomplexLayer(Module):
         self.F = Parameter(torch.empty(n, out_features // n, in_features // n, *kernel, **options))
         self.bias = Parameter(torch.empty(out_features, **options)) if bias else None
         self.kron_weights = Parameter(torch.empty(n, **options)) if kron_weights else None
+        self._start_scales = (1.0, 1.0)
 
     def reset_parameters(self) -> None:
         """Draws all parameters anew, as the constructor does."""
         initialize(self._algebra(), self.F, self.bias, self.init, self._variance())
+        self.scale_start(*self._start_scales)
         if self.kron_weights is not None:
             torch.nn.init.ones_(self.kron_weights)
+
+    @torch.no_grad()
+    def scale_start(self, F: float, bias: float) -> None:
+        """Multiplies F and bias, now and whenever they are drawn: the start that a network has for its parts."""
+        self._start_scales = (F, bias)
+        for t, scale in ((self.F, F), (self.bias, bias)):
+            if t is not None:
+                t.mul_(scale)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Module:
         return super()._apply(lambda t: apply_to_weights(fn, t), recurse)
 
     def structure(self) -> Tensor:
         """The structure tensor as used, (n, n, n): A, its term i multiplied by kron_weights[i] if there are any."""
-        factors = self._weighted_algebra()
-        return factors[0] if self.algebra_rank is None else reference.structure(*factors)
+        with without_autocast(self.F.device):
+            factors = self._weighted_algebra()
+            return factors[0] if self.algebra_rank is None else reference.structure(*factors)
 
     def dense_weight(self) -> Tensor:
         """H (out_features, in_features, *kernel), the weight of the dense layer that computes the same.
 
         Formed at each call.
         """
-        return reference.dense_weight(self.structure(), self.F)
+        with without_autocast(self.F.device):
+            return reference.dense_weight(self.structure(), self.F)
 
     def _variance(self) -> float | None:
         """Of H at the start, where it is not the rule of linear layers and convolutions."""

@@ -10,8 +10,10 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from .. import functional
+from ..ops._autograd import without_autocast
 from ..reference import compute_dtype
 from ._base import apply_to_weights
+from .phm_linear import PHMLinear
 
 
 class FactoredLayer(Module):
@@ -65,7 +67,8 @@ class FactoredLayer(Module):
         self.register_parameter("U", None if prepack else _frozen(U))
         self.V, self.W = _frozen(V), _frozen(W)
         if prepack:
-            combined = torch.einsum("ri,i...->r...", U, F.detach().to(wide)).to(F.dtype)
+            with without_autocast(F.device):
+                combined = torch.einsum("ri,i...->r...", U, F.detach().to(wide)).to(F.dtype)
             self.F_hat = _frozen(self._packed(combined).contiguous())
         else:
             self.F = _frozen(F)
@@ -175,6 +178,18 @@ class FactoredPHMLinear(FactoredLayer):
     def extra_repr(self) -> str:
         sizes = f"in_features={self.in_features}, out_features={self.out_features}, "
         return sizes + super().extra_repr() + (", residual" if self.residual else "")
+
+
+def linear_call(
+    layer: Module, x: Tensor, *, residual: Tensor | None = None, alpha: Tensor | None = None, activation: str = "none"
+) -> Tensor:
+    """residual + alpha * act(layer(x)): in one call of a layer of ours, composed for any other and around hooks."""
+    if isinstance(layer, (PHMLinear, FactoredPHMLinear)) and not (layer._forward_hooks or layer._forward_pre_hooks):
+        return layer(x, residual=residual, alpha=alpha, activation=activation)
+    y = layer(x)
+    y = torch.relu(y) if activation == "relu" else y
+    y = y if alpha is None else alpha.to(y.dtype) * y
+    return y if residual is None else residual + y
 
 
 class FactoredPHConv(FactoredLayer):

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Module, Parameter
 
-from .._check import check_divisible, check_integer, check_probability
+from .._check import check_divisible, check_finite, check_integer, check_probability
+from ._base import layer_options
 from ._fixup import Scale, Shift, branch_scale
+from .factored import FactoredLayer, linear_call
 from .phm_linear import PHMLinear
 from .phm_multihead_attention import PHMMultiheadAttention
 
-NORMS = ("post", "pre", "phydi", "fixup")
+_NORMS = ("post", "pre", "phydi", "fixup")
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": nn.functional.relu, "gelu": nn.functional.gelu}
 _RELUS = (nn.functional.relu, torch.relu)
 # Linear layers of a branch: values and output of an attention, both of a feed-forward network.
@@ -23,11 +25,11 @@ _BRANCH_LAYERS = 2
 
 
 class PHTransformerLayer(Module):
-    """What the layers of encoder and decoder share: ``count`` sub-layers, each with a residual connection."""
+    """What the layers of encoder and decoder share: sub-layers, each with a residual connection."""
 
     def __init__(
         self,
-        count: int,
+        num_sublayers: int,
         d_model: int,
         nhead: int,
         n: int,
@@ -42,8 +44,8 @@ class PHTransformerLayer(Module):
         options: dict[str, Any],
     ) -> None:
         super().__init__()
-        if norm not in NORMS:
-            raise ValueError(f"norm={norm!r} is not one of {', '.join(map(repr, NORMS))}")
+        if norm not in _NORMS:
+            raise ValueError(f"norm={norm!r} is not one of {', '.join(map(repr, _NORMS))}")
         if alphas not in ("shared", "separate"):
             raise ValueError(f'alphas={alphas!r} is not one of "shared", "separate"')
         if isinstance(activation, str):
@@ -62,52 +64,62 @@ class PHTransformerLayer(Module):
             raise ValueError(f"d_model={d_model} is not divisible by nhead={nhead}")
         self.norm, self.alphas, self.activation = norm, alphas, activation
         check_probability("dropout", dropout)
+        check_finite("layer_norm_eps", layer_norm_eps)
         factory: dict[str, Any] = {"device": options["device"], "dtype": options["dtype"]}
         heads: dict[str, Any] = {"dropout": dropout, "bias": bias, "batch_first": batch_first, **options}
         self.self_attn = PHMMultiheadAttention(d_model, nhead, n, **heads)
-        if count == 3:
+        if num_sublayers == 3:
             self.multihead_attn = PHMMultiheadAttention(d_model, nhead, n, fused_qkv=False, **heads)
         self.linear1 = PHMLinear(d_model, dim_feedforward, n, bias, **options)
         self.linear2 = PHMLinear(dim_feedforward, d_model, n, bias, **options)
         self.dropout = nn.Dropout(dropout)
-        names = [f"alpha{i}" if alphas == "separate" else "alpha" for i in range(1, count + 1)]
-        self._alphas = tuple(names) if norm == "phydi" else ()
+        names = [f"alpha{i}" if alphas == "separate" else "alpha" for i in range(1, num_sublayers + 1)]
+        self._alpha_names = tuple(names) if norm == "phydi" else ()
         if norm == "phydi":
             for name in dict.fromkeys(names):
                 self.register_parameter(name, Parameter(torch.empty(1, **factory)))
         elif norm == "fixup":
             # Before and after each branch, and around the activation.
-            self.shifts = nn.ModuleList(Shift(factory) for _ in range(2 * count + 2))
-            self.scales = nn.ModuleList(Scale(factory) for _ in range(count))
+            self.shifts = nn.ModuleList(Shift(factory) for _ in range(2 * num_sublayers + 2))
+            self.scales = nn.ModuleList(Scale(factory) for _ in range(num_sublayers))
         else:
-            for i in range(1, count + 1):
+            for i in range(1, num_sublayers + 1):
                 self.register_module(f"norm{i}", nn.LayerNorm(d_model, layer_norm_eps, bias=bias, **factory))
-        self.count = self.branches = count
-        self._start()
+        self.d_model, self.num_sublayers = d_model, num_sublayers
+        for name in dict.fromkeys(self._alpha_names):
+            nn.init.zeros_(getattr(self, name))
+        self.scale_branches(num_sublayers)
 
     def reset_parameters(self) -> None:
-        """Draws all parameters anew, as the constructor does; those of the parts too, so that it comes after them."""
+        """Draws all parameters anew, as the constructor does."""
         scalars = (*self.shifts, *self.scales) if self.norm == "fixup" else ()
         for module in (*self.children(), *scalars):
             if hasattr(module, "reset_parameters"):
                 module.reset_parameters()
-        self._start()
-
-    @torch.no_grad()
-    def _start(self) -> None:
-        """alpha = 0 (PHYDI), or Fixup's scales for as many ``branches`` as the whole stack has."""
-        for name in set(self._alphas):
+        for name in dict.fromkeys(self._alpha_names):
             nn.init.zeros_(getattr(self, name))
+
+    def scale_branches(self, num_branches: int) -> None:
+        """Fixup's start in a stack of ``num_branches``, now and whenever parameters are drawn."""
         if self.norm != "fixup":
             return
-        attentions = [m for m in self.children() if isinstance(m, PHMMultiheadAttention)]
-        for last in (self.linear2, *(attention.out_proj for attention in attentions)):
-            last.F.zero_()
-            if last.bias is not None:
-                last.bias.zero_()
-        inner = [m for attention in attentions for m in attention.children() if m is not attention.out_proj]
-        for module in (self.linear1, *inner):
-            module.F.mul_(branch_scale(self.branches, _BRANCH_LAYERS))  # type: ignore[operator]
+        scale = branch_scale(num_branches, _BRANCH_LAYERS)
+        self.linear1.scale_start(scale, 1.0)
+        self.linear2.scale_start(0.0, 0.0)
+        for attention in (m for m in self.children() if isinstance(m, PHMMultiheadAttention)):
+            *inner, last = attention.projections()
+            last.scale_start(0.0, 0.0)
+            for projection in inner:
+                projection.scale_start(scale, 0.0)
+
+    def _check_features(self, name: str, t: Tensor) -> None:
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, not {type(t).__name__}")
+        if t.dim() not in (2, 3) or t.shape[-1] != self.d_model:
+            raise ValueError(
+                f"{name} has shape {tuple(t.shape)}; it must have two or three dimensions, "
+                f"the last of d_model={self.d_model}"
+            )
 
     def _connect(self, index: int, x: Tensor, branch: Callable[..., Tensor]) -> Tensor:
         """Sub-layer ``index`` from 1: ``branch(x, residual=..., alpha=...)`` and its connection to x.
@@ -115,7 +127,7 @@ class PHTransformerLayer(Module):
         The last product of the branch takes the connection along, but where dropout comes between.
         """
         dropped = self.training and self.dropout.p > 0
-        alpha = getattr(self, self._alphas[index - 1]) if self._alphas else None
+        alpha = getattr(self, self._alpha_names[index - 1]) if self._alpha_names else None
         normalize: Module | None = getattr(self, f"norm{index}") if self.norm in ("post", "pre") else None
         inner = x if normalize is None or self.norm == "post" else normalize(x)
         if self.norm == "fixup":
@@ -123,7 +135,7 @@ class PHTransformerLayer(Module):
             return x + self.dropout(self.shifts[2 * index - 1](y))
         if dropped:
             y = self.dropout(branch(inner))
-            y = x + (y if alpha is None else alpha * y)
+            y = x + (y if alpha is None else alpha.to(y.dtype) * y)
         else:
             y = branch(inner, residual=x, alpha=alpha)
         return normalize(y) if normalize is not None and self.norm == "post" else y
@@ -131,11 +143,11 @@ class PHTransformerLayer(Module):
     def _feed_forward(self, x: Tensor, **connection: Any) -> Tensor:
         if self.norm == "fixup":
             hidden = self.shifts[-1](self.activation(self.shifts[-2](self.linear1(x))))
-        elif self.activation in _RELUS or type(self.activation) is nn.ReLU:
-            hidden = self.linear1(x, activation="relu")
+        elif self.activation in _RELUS:
+            hidden = linear_call(self.linear1, x, activation="relu")
         else:
             hidden = self.activation(self.linear1(x))
-        return self.linear2(self.dropout(hidden), **connection)
+        return linear_call(self.linear2, self.dropout(hidden), **connection)
 
 
 class PHTransformerEncoderLayer(PHTransformerLayer):
@@ -168,13 +180,15 @@ class PHTransformerEncoderLayer(PHTransformerLayer):
         algebra_rank, kron_weights, init, learn_algebra, device, dtype: as in :class:`PHMLinear`, for each product.
             ``kron_weights=True`` is the paper's WKP.
 
-    Submodules: ``self_attn``, ``linear1``, ``linear2``, and ``norm1``, ``norm2`` or ``shifts`` and ``scales``.
+    Submodules: ``self_attn``, ``linear1``, ``linear2``, ``dropout``, and ``norm1``, ``norm2`` or ``shifts`` and
+    ``scales``. Another module may take the place of a linear layer; only our own take the connection along.
 
     Shapes: ``(length, batch, d_model)``, with ``batch_first`` ``(batch, length, d_model)``, or ``(length, d_model)`` to
     the same.
 
     Raises:
-        TypeError, ValueError, DecompositionError: as :class:`PHMMultiheadAttention`; an unknown norm or activation.
+        TypeError, ValueError, DecompositionError: as :class:`PHMMultiheadAttention`; an unknown norm, alphas or
+            activation.
     """
 
     def __init__(
@@ -198,7 +212,7 @@ class PHTransformerEncoderLayer(PHTransformerLayer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        options = _options(algebra_rank, kron_weights, init, learn_algebra, device, dtype)
+        options = layer_options(algebra_rank, kron_weights, init, learn_algebra, device, dtype)
         sizes = d_model, nhead, n, dim_feedforward
         super().__init__(2, *sizes, dropout, activation, layer_norm_eps, batch_first, norm, bias, alphas, options)
 
@@ -210,6 +224,7 @@ class PHTransformerEncoderLayer(PHTransformerLayer):
         is_causal: bool = False,
     ) -> Tensor:
         """Masks as in :class:`PHMMultiheadAttention`, whose attn_mask ``src_mask`` is."""
+        self._check_features("src", src)
 
         def attend(x: Tensor, **connection: Any) -> Tensor:
             return self.self_attn(x, x, x, src_key_padding_mask, False, src_mask, True, is_causal, **connection)[0]
@@ -227,8 +242,8 @@ class PHTransformerDecoderLayer(PHTransformerLayer):
         d_model, nhead, n, dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm, bias, alphas,
             algebra_rank, kron_weights, init, learn_algebra, device, dtype: as in :class:`PHTransformerEncoderLayer`.
 
-    Submodules: ``self_attn``, ``multihead_attn``, ``linear1``, ``linear2``, and ``norm1``, ``norm2``, ``norm3`` or
-    ``shifts`` and ``scales``.
+    Submodules: ``self_attn``, ``multihead_attn``, ``linear1``, ``linear2``, ``dropout``, and ``norm1``, ``norm2``,
+    ``norm3`` or ``shifts`` and ``scales``.
 
     Raises:
         TypeError, ValueError, DecompositionError: as :class:`PHTransformerEncoderLayer`.
@@ -255,7 +270,7 @@ class PHTransformerDecoderLayer(PHTransformerLayer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        options = _options(algebra_rank, kron_weights, init, learn_algebra, device, dtype)
+        options = layer_options(algebra_rank, kron_weights, init, learn_algebra, device, dtype)
         sizes = d_model, nhead, n, dim_feedforward
         super().__init__(3, *sizes, dropout, activation, layer_norm_eps, batch_first, norm, bias, alphas, options)
 
@@ -271,6 +286,8 @@ class PHTransformerDecoderLayer(PHTransformerLayer):
         memory_is_causal: bool = False,
     ) -> Tensor:
         """Masks as in :class:`PHMMultiheadAttention`."""
+        self._check_features("tgt", tgt)
+        self._check_features("memory", memory)
 
         def attend(x: Tensor, **connection: Any) -> Tensor:
             return self.self_attn(x, x, x, tgt_key_padding_mask, False, tgt_mask, True, tgt_is_causal, **connection)[0]
@@ -284,18 +301,23 @@ class PHTransformerDecoderLayer(PHTransformerLayer):
 
 
 class _Stack(Module):
-    """Layers one after the other, and a module after the last."""
+    """Layers one after the other, and a module after the last; ``name`` is the layer's as an argument."""
 
-    def __init__(self, layer: Module, num_layers: int, norm: Module | None) -> None:
+    def __init__(self, name: str, layer: Module, num_layers: int, norm: Module | None) -> None:
         super().__init__()
         if not isinstance(layer, Module):
-            raise TypeError(f"the layer must be a torch.nn.Module, not {type(layer).__name__}")
+            raise TypeError(f"{name} must be a torch.nn.Module, not {type(layer).__name__}")
+        if norm is not None and not isinstance(norm, Module):
+            raise TypeError(f"norm={norm!r} must be a torch.nn.Module or None; the layer has the place of its own")
+        fixed = next((m for m in layer.modules() if isinstance(m, FactoredLayer)), None)
+        if fixed is not None:
+            raise TypeError(f"{name} holds a {type(fixed).__name__}, which cannot be drawn anew; optimise the stack")
         self.num_layers = check_integer("num_layers", num_layers)
         self.layers = nn.ModuleList(copy.deepcopy(layer) for _ in range(self.num_layers))
         self.norm = norm
         for own in self.layers:
             if isinstance(own, PHTransformerLayer):
-                own.branches = own.count * self.num_layers
+                own.scale_branches(own.num_sublayers * self.num_layers)
             reset: Callable[[], None] | None = getattr(own, "reset_parameters", None)
             if reset is not None:
                 reset()
@@ -305,7 +327,8 @@ class PHTransformerEncoder(_Stack):
     """``num_layers`` layers one after the other.
 
     Unlike those of :class:`torch.nn.TransformerEncoder` the layers do not start with equal values: each copy of
-    ``encoder_layer`` is drawn anew, if it has a method ``reset_parameters``.
+    ``encoder_layer`` is drawn anew, if it has a method ``reset_parameters``. There are no nested tensors, and so no
+    ``enable_nested_tensor`` and ``mask_check``.
 
     Args:
         encoder_layer: the layer, which is copied.
@@ -313,11 +336,12 @@ class PHTransformerEncoder(_Stack):
         norm: a module for the result, or None.
 
     Raises:
-        TypeError, ValueError: a layer that is no module, or ``num_layers`` not an integer >= 1.
+        TypeError, ValueError: a layer or ``norm`` that is no module, a layer that cannot be drawn anew, or
+            ``num_layers`` not an integer >= 1.
     """
 
     def __init__(self, encoder_layer: Module, num_layers: int, norm: Module | None = None) -> None:
-        super().__init__(encoder_layer, num_layers, norm)
+        super().__init__("encoder_layer", encoder_layer, num_layers, norm)
 
     def forward(
         self,
@@ -345,7 +369,7 @@ class PHTransformerDecoder(_Stack):
     """
 
     def __init__(self, decoder_layer: Module, num_layers: int, norm: Module | None = None) -> None:
-        super().__init__(decoder_layer, num_layers, norm)
+        super().__init__("decoder_layer", decoder_layer, num_layers, norm)
 
     def forward(
         self,
@@ -366,7 +390,11 @@ class PHTransformerDecoder(_Stack):
 
 
 class PHTransformer(Module):
-    """Encoder and decoder of parameterized hypercomplex products; the interface of :class:`torch.nn.Transformer`.
+    """Encoder and decoder of parameterized hypercomplex products.
+
+    Called as :class:`torch.nn.Transformer`, which has no n; ``norm`` takes the place of ``norm_first``, and own stacks
+    are put together from :class:`PHTransformerEncoder` and :class:`PHTransformerDecoder` in place of
+    ``custom_encoder`` and ``custom_decoder``.
 
     Args:
         d_model: features of source and target, divisible by nhead and n.
@@ -407,7 +435,7 @@ class PHTransformer(Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        options = _options(algebra_rank, kron_weights, init, learn_algebra, device, dtype)
+        options = layer_options(algebra_rank, kron_weights, init, learn_algebra, device, dtype)
         num_encoder_layers = check_integer("num_encoder_layers", num_encoder_layers)
         num_decoder_layers = check_integer("num_decoder_layers", num_decoder_layers)
         sizes = d_model, nhead, n, dim_feedforward
@@ -449,21 +477,3 @@ class PHTransformer(Module):
     ) -> Tensor:
         """The causal mask ``(sz, sz)``: 0 where a query may attend, -inf elsewhere."""
         return nn.Transformer.generate_square_subsequent_mask(sz, device, dtype)
-
-
-def _options(
-    algebra_rank: int | str | None,
-    kron_weights: bool,
-    init: str | Tensor,
-    learn_algebra: bool,
-    device: torch.device | str | None,
-    dtype: torch.dtype | None,
-) -> dict[str, Any]:
-    return {
-        "algebra_rank": algebra_rank,
-        "kron_weights": kron_weights,
-        "init": init,
-        "learn_algebra": learn_algebra,
-        "device": device,
-        "dtype": dtype,
-    }

@@ -23,13 +23,14 @@ class PHMEmbedding(HypercomplexLayer):
         n: the dimension of the algebra.
         padding_idx: an index, from the end if negative, whose row is 0 and has no gradient. In a
             :class:`torch.nn.Embedding` this row can be given other values; here rows share their parameters.
-        std: standard deviation of the table's entries at the start; 1 is that of :class:`torch.nn.Embedding`.
-        algebra_rank, kron_weights, init, learn_algebra, device, dtype: as in :class:`PHMLinear`, but that ``std``
-            decides the scale with ``init="fan"`` or a structure tensor. With ``algebra_rank`` A is formed from U, V and
-            W at each call: a lookup has too few multiplications to save some.
+        std: standard deviation of the table's entries at the start. None means 1, that of :class:`torch.nn.Embedding`;
+            ``init="reference"`` has its own, and takes no other.
+        algebra_rank, kron_weights, init, learn_algebra, device, dtype: as in :class:`PHMLinear`. With
+            ``algebra_rank`` A is formed from U, V and W at each call: a lookup has few multiplications to save.
 
     Parameters: ``A (n, n, n)``, or ``U``, ``V`` and ``W`` ``(R, n)``, ``F (n, num_embeddings/n, embedding_dim/n)``,
-    ``kron_weights (n,)``.
+    ``kron_weights (n,)``. The options ``max_norm``, ``scale_grad_by_freq`` and ``sparse`` of
+    :class:`torch.nn.Embedding` are about rows of their own, and absent.
 
     Shapes: indices of any shape, int32 or int64, to ``(*shape, embedding_dim)``.
 
@@ -46,7 +47,7 @@ class PHMEmbedding(HypercomplexLayer):
         n: int,
         padding_idx: int | None = None,
         *,
-        std: float = 1.0,
+        std: float | None = None,
         algebra_rank: int | str | None = None,
         kron_weights: bool = False,
         init: str | Tensor = "fan",
@@ -57,7 +58,9 @@ class PHMEmbedding(HypercomplexLayer):
         n = check_integer("n", n)
         num_embeddings = check_divisible("num_embeddings", num_embeddings, n)
         embedding_dim = check_divisible("embedding_dim", embedding_dim, n)
-        std = check_finite("std", std)
+        if std is not None and isinstance(init, str) and init == "reference":
+            raise ValueError(f'std={std} must be None with init="reference", which has a scale of its own')
+        std = 1.0 if std is None else check_finite("std", std)
         if std <= 0:
             raise ValueError(f"std={std} must be positive")
         if padding_idx is not None:
@@ -84,6 +87,11 @@ class PHMEmbedding(HypercomplexLayer):
         self.padding_idx, self.std = padding_idx, std
         self.reset_parameters()
 
+    def dense_weight(self) -> Tensor:
+        """The table (num_embeddings, embedding_dim), its row ``padding_idx`` 0. Formed at each call."""
+        E = super().dense_weight()
+        return E if self.padding_idx is None else E.index_fill(0, torch.tensor(self.padding_idx, device=E.device), 0)
+
     def _variance(self) -> float:
         return self.std**2
 
@@ -92,4 +100,5 @@ class PHMEmbedding(HypercomplexLayer):
 
     def extra_repr(self) -> str:
         padding = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"
-        return f"{self.num_embeddings}, {self.embedding_dim}, n={self.n}{padding}{self._repr_options()}"
+        options = self._repr_options().removeprefix(", bias=False")
+        return f"{self.num_embeddings}, {self.embedding_dim}, n={self.n}{padding}, std={self.std:g}{options}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +10,9 @@ from torch.nn import Module, Parameter
 from torch.nn import functional as torch_functional
 
 from .._check import check_divisible, check_flag, check_integer, check_probability
+from ..ops._autograd import autocast_enabled
+from ._base import layer_options
+from .factored import linear_call
 from .phm_linear import PHMLinear
 
 
@@ -35,8 +37,9 @@ class PHMMultiheadAttention(Module):
         kdim, vdim: features of key and value; None means embed_dim.
         batch_first: tensors are ``(batch, length, features)``, else ``(length, batch, features)``.
         fused_qkv: one :class:`PHMLinear` ``in_proj`` to 3*embed_dim features, of query, key and value in this order,
-            with one algebra; else three: ``q_proj``, ``k_proj`` and ``v_proj``. Fused, a call with three different
-            tensors computes each with all rows. None means True where kdim and vdim are embed_dim.
+            with one algebra; else three: ``q_proj``, ``k_proj`` and ``v_proj``. Which tensors are the same
+            goes by identity: fused, a call whose key is its value but not its query multiplies twice as much as needed,
+            one with three tensors three times. None means True where kdim and vdim are embed_dim.
         algebra_rank, kron_weights, init, learn_algebra, device, dtype: as in :class:`PHMLinear`, for each projection.
 
     Submodules: ``in_proj``, or ``q_proj``, ``k_proj`` and ``v_proj``; ``out_proj``. Parameters of its own: ``bias_k``
@@ -91,14 +94,7 @@ class PHMMultiheadAttention(Module):
                 f"fused_qkv=True needs kdim and vdim to be embed_dim={embed_dim}, not {self.kdim} and {self.vdim}"
             )
         self.fused_qkv = same if fused_qkv is None else fused_qkv
-        options: dict[str, Any] = {
-            "algebra_rank": algebra_rank,
-            "kron_weights": kron_weights,
-            "init": init,
-            "learn_algebra": learn_algebra,
-            "device": device,
-            "dtype": dtype,
-        }
+        options = layer_options(algebra_rank, kron_weights, init, learn_algebra, device, dtype)
         if self.fused_qkv:
             self.in_proj = PHMLinear(embed_dim, 3 * embed_dim, n, bias, **options)
         else:
@@ -109,18 +105,22 @@ class PHMMultiheadAttention(Module):
         for name in ("bias_k", "bias_v"):
             added = Parameter(torch.empty(1, 1, embed_dim, device=device, dtype=dtype)) if add_bias_kv else None
             self.register_parameter(name, added)
-        self._reset_biases()
+        for projection in self.projections():
+            projection.scale_start(1.0, 0.0)
+        self._reset_added()
+
+    def projections(self) -> list[PHMLinear]:
+        """The projections of query, key and value, and last that of the output."""
+        inner = [self.in_proj] if self.fused_qkv else [self.q_proj, self.k_proj, self.v_proj]
+        return [*inner, self.out_proj]
 
     def reset_parameters(self) -> None:
-        """Draws all parameters anew, as the constructor does; those of the parts too, so that it comes after them."""
-        for projection in self.children():
-            projection.reset_parameters()  # type: ignore[operator]
-        self._reset_biases()
+        """Draws all parameters anew, as the constructor does."""
+        for projection in self.projections():
+            projection.reset_parameters()
+        self._reset_added()
 
-    def _reset_biases(self) -> None:
-        for projection in self.children():
-            if projection.bias is not None:
-                torch.nn.init.zeros_(projection.bias)  # type: ignore[arg-type]
+    def _reset_added(self) -> None:
         for added in (self.bias_k, self.bias_v):
             if added is not None:
                 torch.nn.init.xavier_normal_(added)
@@ -145,8 +145,8 @@ class PHMMultiheadAttention(Module):
             query: ``(L, N, embed_dim)``, or ``(N, L, embed_dim)`` with batch_first, or unbatched ``(L, embed_dim)``.
             key: ``(S, N, kdim)``, and alike.
             value: ``(S, N, vdim)``, and alike.
-            key_padding_mask: ``(N, S)`` or unbatched ``(S,)``: True where a key is not attended, or numbers to be added
-                to the scores.
+            key_padding_mask: ``(N, S)`` or unbatched ``(S,)``: True where a key is not attended, or numbers of query's
+                dtype, under autocast of any floating one, to be added to the scores.
             need_weights: whether to return the weights. Without them
                 :func:`torch.nn.functional.scaled_dot_product_attention` runs, whose fused kernels do not form them and
                 have no second derivatives: take those under ``torch.nn.attention.sdpa_kernel(SDPBackend.MATH)``.
@@ -176,11 +176,9 @@ class PHMMultiheadAttention(Module):
             k, v = (torch_functional.pad(t, (0, 0, 0, 1)) for t in (k, v))
         N, L, S = q.shape[0], q.shape[1], k.shape[1]
         added = int(self.bias_k is not None) + int(self.add_zero_attn)
-        if key_padding_mask is not None and not batched:
-            key_padding_mask = key_padding_mask.unsqueeze(0)
         explicit = need_weights or added > 0 or key_padding_mask is not None or attn_mask is not None
         causal = _causal_mask(L, S - added, q) if is_causal and explicit else None
-        mask = self._mask(query.dtype, key_padding_mask, attn_mask, causal, (N, L, S - added))
+        mask = self._mask(query.dtype, key_padding_mask, attn_mask, causal, (N, L, S - added), batched)
         if mask is not None:
             # Autocast may have changed the dtype of the products; the added keys are attended by all.
             mask = torch_functional.pad(mask, (0, added)).to(q.dtype)
@@ -199,7 +197,7 @@ class PHMMultiheadAttention(Module):
             attended = attended.squeeze(0)
         elif not self.batch_first:
             attended = attended.transpose(0, 1)
-        y = self.out_proj(attended, residual=residual, alpha=alpha)
+        y = linear_call(self.out_proj, attended, residual=residual, alpha=alpha)
         if weights is not None:
             weights = weights.mean(1) if average_attn_weights else weights
             weights = weights if batched else weights.squeeze(0)
@@ -249,14 +247,16 @@ class PHMMultiheadAttention(Module):
         attn_mask: Tensor | None,
         causal: Tensor | None,
         sizes: tuple[int, int, int],
+        batched: bool,
     ) -> Tensor | None:
         """What is added to the scores (N, heads, L, S), of a shape that broadcasts, or None."""
         N, L, S = sizes
         masks = [] if causal is None else [causal]
         if key_padding_mask is not None:
-            if key_padding_mask.shape != (N, S):
-                raise ValueError(f"key_padding_mask has shape {tuple(key_padding_mask.shape)}; it must be {(N, S)}")
-            masks.append(_additive("key_padding_mask", key_padding_mask, dtype)[:, None, None])
+            of_keys = (N, S) if batched else (S,)
+            if key_padding_mask.shape != of_keys:
+                raise ValueError(f"key_padding_mask has shape {tuple(key_padding_mask.shape)}; it must be {of_keys}")
+            masks.append(_additive("key_padding_mask", key_padding_mask, dtype)[..., None, None, :])
         if attn_mask is not None:
             every = (N * self.num_heads, L, S)
             if attn_mask.shape not in ((L, S), every):
@@ -276,6 +276,8 @@ def _causal_mask(L: int, S: int, like: Tensor) -> Tensor:
 def _additive(name: str, mask: Tensor, dtype: torch.dtype) -> Tensor:
     if mask.dtype == torch.bool:
         return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(mask, -math.inf)
+    if mask.is_floating_point() and autocast_enabled(mask.device):
+        return mask
     if mask.dtype != dtype:
         raise TypeError(f"{name} has dtype {mask.dtype}; it must be torch.bool or {dtype}")
     return mask
