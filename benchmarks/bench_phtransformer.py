@@ -33,26 +33,6 @@ PASSES = ("forward", "forward+backward")
 Layer = PHMLinear | PHMEmbedding
 
 
-class _Fused:
-    """The call of a PHMLinear for a layer that has no such arguments: residual + alpha * act(layer(x))."""
-
-    def forward(
-        self, x: Tensor, *, residual: Tensor | None = None, alpha: Tensor | None = None, activation: str = "none"
-    ) -> Tensor:
-        y = super().forward(x)  # type: ignore[misc]
-        y = torch.relu(y) if activation == "relu" else y
-        y = y if alpha is None else alpha * y
-        return y if residual is None else residual + y
-
-
-class DenseLinear(_Fused, nn.Linear):
-    pass
-
-
-class PublishedLinear(_Fused, PublishedLayer):
-    pass
-
-
 class PublishedEmbedding(nn.Module):
     """Rows of a table that is built at every call."""
 
@@ -69,7 +49,7 @@ def dense(layer: Layer) -> nn.Module:
     weight = layer.dense_weight().detach()
     if isinstance(layer, PHMEmbedding):
         return nn.Embedding.from_pretrained(weight, freeze=False)
-    linear = DenseLinear(layer.in_features, layer.out_features, device=weight.device, dtype=weight.dtype)
+    linear = nn.Linear(layer.in_features, layer.out_features, device=weight.device, dtype=weight.dtype)
     linear.load_state_dict({"weight": weight, "bias": layer.bias})
     return linear
 
@@ -78,7 +58,7 @@ def published(layer: Layer) -> nn.Module:
     A = nn.Parameter(layer.structure().detach())
     if isinstance(layer, PHMEmbedding):
         return PublishedEmbedding(A, layer.F)
-    return PublishedLinear(nn.functional.linear, A, layer.F, layer.bias)
+    return PublishedLayer(nn.functional.linear, A, layer.F, layer.bias)
 
 
 def learned_algebra(layer: Layer) -> nn.Module:
