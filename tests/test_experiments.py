@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import math
@@ -9,6 +10,7 @@ import multiprocessing
 import os
 import random
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -33,7 +35,7 @@ from phydi_kernels import models  # noqa: E402
 SETTINGS = {"epochs": 3, "stop_at_target": True, "target": 0.0, "learning_rate": 0.05, "step_seconds": 0.0}
 BATCHES = 5
 # Of a part of the run and of all of it, at which nothing may depend on the clock.
-TIMES = ("seconds",)
+TIMES = ("seconds", "cpu_seconds")
 Finished = tuple[dict[str, Any], tuple[list[torch.Tensor], Any]]
 
 
@@ -223,8 +225,9 @@ def test_the_log_of_a_run_in_progress_repeats_no_line(tmp_path):
     assert logged() == []
 
 
-def test_a_finished_run_is_left_as_it_is(tmp_path):
+def test_a_finished_run_is_left_as_it_is_with_one_checkpoint(tmp_path):
     result = runs.train(run(epochs=1), tmp_path, build)
+    assert {file.name for file in run().folder(tmp_path).glob("*.pt*")} == {"checkpoint.pt"}
     path = run().folder(tmp_path) / "result.json"
     before = path.stat().st_mtime_ns
     assert runs.train(run(epochs=1), tmp_path, build) == result
@@ -268,6 +271,17 @@ def test_a_kill_inside_saving_leaves_a_whole_checkpoint(tmp_path, monkeypatch):
     runs.write_checkpoint(tmp_path, second)
     assert torch.equal(runs.read_checkpoint(tmp_path / "checkpoint.pt")["x"], second["x"])
     assert torch.equal(runs.read_checkpoint(tmp_path / "previous.pt")["x"], first["x"])
+
+
+def test_a_file_is_replaced_on_the_disk_and_its_name_after_it(tmp_path, monkeypatch):
+    synced = []
+
+    def fsync(descriptor: int) -> None:
+        synced.append((stat.S_ISDIR(os.fstat(descriptor).st_mode), (tmp_path / "checkpoint.pt").exists()))
+
+    monkeypatch.setattr(runs.os, "fsync", fsync)
+    runs.write_checkpoint(tmp_path, {"x": torch.arange(3)})
+    assert synced == [(False, False), (True, True)]
 
 
 def truncate(path: Path) -> None:
@@ -321,6 +335,61 @@ def test_a_folder_of_other_settings_is_refused_with_what_differs(finished, tmp_p
     assert "(learning_rate: 0.05, now 0.1, depth: absent, now 9)" in str(error.value)
 
 
+@pytest.mark.parametrize("name", ("result.json", "log.jsonl"))
+def test_a_corrupt_result_is_named_and_can_be_made_again(name, tmp_path, capsys):
+    before = runs.train(run(epochs=1), tmp_path, build)
+    folder = run().folder(tmp_path)
+    truncate(folder / name)
+    parser = argparse.ArgumentParser()
+    with pytest.raises(SystemExit) as stop, runs.exits(parser):
+        runs.run_all([run(epochs=1)], tmp_path, build)
+    message = capsys.readouterr().err
+    assert stop.value.code == 1 and message.startswith(f"{folder / name} is corrupt (") and message.count("\n") == 1
+    assert f"delete {folder / 'result.json'}" in message
+    (folder / "result.json").unlink()
+    assert runs.train(run(epochs=1), tmp_path, build) == before
+
+
+def test_an_epoch_without_batches_is_refused(tmp_path):
+    def nothing(settings: Mapping[str, Any], seed: int) -> runs.Task:
+        task = build(settings, seed)
+        task.batches = lambda epoch, generator: []
+        return task
+
+    with pytest.raises(ValueError, match="small: epoch 0 has no batches"):
+        runs.train(run(), tmp_path, nothing)
+
+
+def test_processor_time_is_that_of_training_and_unknown_where_a_part_is(tmp_path):
+    result = runs.train(run(epochs=1, step_seconds=0.02), tmp_path / "new", build)
+    # A step that sleeps takes time on the wall alone.
+    assert 0 < result["cpu_seconds"] < result["seconds"] - 5 * 0.015
+    with pytest.raises(Killed):
+        runs.train(run(), tmp_path, build, save_share=math.inf, on_step=kill_at(9))
+    folder = run().folder(tmp_path)
+    state = runs.read_checkpoint(folder / "checkpoint.pt")
+    del state["cpu_seconds"]
+    runs.write_checkpoint(folder, state)
+    assert runs.train(run(), tmp_path, build)["cpu_seconds"] is None
+    assert runs.processor_time([90.0, 60.0]) == "; 2 processor minutes of training"
+    assert runs.processor_time([90.0, None]) == ""
+
+
+def test_a_scheduler_of_steps_is_stepped_after_each(tmp_path, uninterrupted):
+    def by_steps(settings: Mapping[str, Any], seed: int) -> runs.Task:
+        task = build(settings, seed)
+        task.scheduler = torch.optim.lr_scheduler.MultiStepLR(task.optimizer, [2, 7])
+        task.scheduled_steps = True
+        return task
+
+    with pytest.raises(Killed):
+        runs.train(run(), tmp_path, by_steps, save_share=0.0, on_step=kill_at(9))
+    result = runs.train(run(), tmp_path, by_steps)
+    # The second step is logged with the rate that it had.
+    rates = {2: 0.05, 5: 0.005, 7: 0.005, 10: 0.0005, 12: 0.0005, 15: 0.0005}
+    assert {line["step"]: line["learning_rate"] for line in result["log"]} == pytest.approx(rates)
+
+
 def test_a_diverged_run_is_recorded_and_ends(tmp_path):
     result = runs.train(run(learning_rate=1e30), tmp_path, build)
     assert result["status"] == "diverged" and result["test"] == {}
@@ -346,6 +415,34 @@ def test_a_loss_that_is_not_finite_ends_a_run_before_it_changes_the_weights(tmp_
     result = runs.train(run(), tmp_path, infinite_at_the_fourth)
     assert result["status"] == "diverged" and result["steps"] == 4 and result["epoch"] == 0.8
     assert all(parameter.isfinite().all() for parameter in tasks[0].model.parameters())
+
+
+def test_weights_that_are_not_finite_end_a_run_as_diverged_whatever_its_figures_are(tmp_path):
+    def spoilt(settings: Mapping[str, Any], seed: int) -> runs.Task:
+        task = build(settings, seed)
+        task.evaluate = lambda: {"validation_accuracy": 0.1}
+        task.reached = lambda metrics: False
+        steps = itertools.count(1)
+
+        def spoil(*_: Any) -> None:
+            if next(steps) == 5:
+                nn.init.constant_(task.model[-1].bias, math.nan)
+
+        task.optimizer.register_step_post_hook(spoil)
+        return task
+
+    result = runs.train(run(epochs=1), tmp_path, spoilt)
+    assert result["status"] == "diverged" and result["log"][-1] == {"diverged": True, "epoch": 1.0}
+    assert result["log"][0]["validation_accuracy"] == 0.1 and result["test"] == {}
+
+
+def test_a_test_figure_that_is_not_finite_is_none(tmp_path):
+    def infinite(settings: Mapping[str, Any], seed: int) -> runs.Task:
+        task = build(settings, seed)
+        task.test = lambda: {"test_loss": 800.0, "test_perplexity": math.inf}
+        return task
+
+    assert runs.train(run(epochs=1), tmp_path, infinite)["test"] == {"test_loss": 800.0, "test_perplexity": None}
 
 
 def test_figures_that_are_not_finite_end_a_run_as_diverged(tmp_path):
@@ -507,7 +604,7 @@ def points(*accuracies: float, diverged: bool = False) -> dict[str, Any]:
         log.append({"diverged": True, "epoch": end + 0.1})
     status = "diverged" if diverged else "reached"
     return {
-        **{"seed": 0, "parameters": 7, "seconds": 2.0, "status": status, "log": log},
+        **{"seed": 0, "parameters": 7, "seconds": 2.0, "cpu_seconds": 1.5, "status": status, "log": log},
         "test": {} if diverged else {"test_accuracy": 0.875},
     }
 
@@ -539,21 +636,30 @@ def test_the_table_has_the_papers_layout_and_hides_no_run():
     phydi = [points(0.2, 0.4, 0.6, 0.7, 0.8, 0.9), points(0.3, 0.5, 0.85, 0.9)]
     rows = [
         row("standard", [points(0.1, 0.2, 0.3, 0.5), points(0.1, 0.2, 0.8, 0.9)], phydi),
-        row("wkp", [points(0.1, diverged=True), points(0.1, 0.8, 0.9, 0.92)], phydi),
+        # The first seed diverges before M1, the second after it.
+        row(
+            "wkp", [points(0.1, diverged=True), points(0.1, 0.8, diverged=True), points(0.8, 0.92)], [*phydi, phydi[0]]
+        ),
         row("phydi", phydi, phydi),
         row("fixup", [points(0.1, diverged=True), points(0.2, diverged=True)], phydi),
     ]
     assert images.table_markdown("1", rows).splitlines() == [
         "| Model | n | M1 | M2 | test, % |",
         "| --- | --: | --: | --: | --: |",
-        "| PHResNet18 | 2 | > 0.88 ± 0.12 | > 1.00 ± 0.00 | 87.5 ± 0.0 |",
-        "| + WKP | 2 | 0.50 (1 of 2 diverged) | 1.00 (1 of 2 diverged) | 87.5 |",
+        "| PHResNet18 | 2 | > 1.00, 0.75 | > 1.00 | 87.5 ± 0.0 |",
+        "| + WKP | 2 | diverged, 0.50, 0.25 | diverged, diverged, 0.25 | 87.5 (2 of 3 diverged) |",
         "| + PHYDI | 2 | **1.00 ± 0.25** | - | 87.5 ± 0.0 |",
-        "| + Fixup | 2 | 2 of 2 diverged | 2 of 2 diverged |  |",
+        "| + Fixup | 2 | diverged | diverged | 2 of 2 diverged |",
     ]
     lines = images.table_text("2", rows).splitlines()
     assert lines[0].split() == ["Model", "n", "btc-sz", "lr", "M1", "M2", "test,", "%"]
     assert lines[3].split() == ["+", "PHYDI", "2", "64", "0.01", "1.00", "±", "0.25", "-", "87.5", "±", "0.0"]
+
+
+def test_a_cell_is_the_mean_or_all_seeds():
+    assert runs.cell([1.5, 2.0], ["", ""]) == "1.75 ± 0.25" and runs.cell([1.5], [""]) == "1.50"
+    assert runs.cell([None, 2.0, None], ["> 3", "", "diverged"]) == "> 3, 2.00, diverged"
+    assert runs.cell([None, None], ["> 3", "> 3"]) == "> 3"
 
 
 def test_rows_are_those_of_the_paper():
@@ -639,13 +745,71 @@ def test_a_step_of_the_paper_preset_on_images_of_cifar10s_shape(tmp_path, thread
     preset = images.PRESETS["paper"]
     chosen = next(row for row in images.table_rows("1", ()) if row["n"] == 4 and row["init"] == "phydi")
     job = images.row_run(chosen, preset, seed=0)
-    assert (preset.width, preset.augment, job.settings["batch_size"], job.settings["data"]) == (64, True, 64, "cifar10")
+    assert (preset.width, job.settings["augment"], job.settings["batch_size"]) == (64, True, 64)
+    assert job.settings["data"] == "cifar10"
     job = runs.Run(job.name, {**job.settings, "epochs": 1}, 0)
     result = runs.train(job, tmp_path, lambda settings, seed: images.image_task(settings, cifar_parts()))
     assert result["steps"] == 1 and math.isfinite(result["log"][0]["train_loss"])
     assert len(result["log"][0]["alphas"]) == 8
     assert set(result["test"]) == {"test_accuracy"}
     assert result["parameters"] == sum(p.numel() for p in models.phresnet18(4, init="phydi").parameters())
+
+
+def test_the_paper_preset_follows_the_recipe_of_he_et_al():
+    preset = images.PRESETS["paper"]
+    for table, batch_size, epochs in (("1", 64, 91), ("2", 128, 182)):
+        for chosen in images.table_rows(table, ()):
+            settings = images.row_run(chosen, preset, 0).settings
+            assert settings["batch_size"] == batch_size and settings["epochs"] == epochs
+            assert 64_000 - 800 < epochs * (45_000 // batch_size) <= 64_000
+            assert (settings["momentum"], settings["weight_decay"], settings["width"]) == (0.9, 1e-4, 64)
+            assert settings["lr_steps"] == (32_000, 48_000) and settings["weight_init"] == "reference"
+            assert (settings["stop_accuracy"], settings["evaluations_per_epoch"]) == (0.8, 1)
+    chosen = {**images.row_run(images.table_rows("1", ())[0], preset, 0).settings, "width": 4, "lr_steps": (1, 3)}
+    task = images.image_task(chosen, cifar_parts())
+    assert task.optimizer.param_groups[0]["weight_decay"] == 1e-4 and task.scheduled_steps
+    rates = []
+    for _ in range(4):
+        rates += task.scheduler.get_last_lr()
+        task.optimizer.step()
+        task.scheduler.step()
+    assert rates == pytest.approx([0.01, 0.001, 0.001, 0.0001])
+
+
+def test_runs_of_the_cpu_preset_keep_their_names_and_settings():
+    """What was measured before there were other weights and schedules is not trained again."""
+    job = images.row_run(images.table_rows("2", ())[0], images.PRESETS["cpu"], 1)
+    assert job.folder(Path("out")) == Path("out/phresnet18-n2-standard-batch128-lr0.1-seed1")
+    assert job.settings == {
+        **{"depth": 18, "n": 2, "init": "standard", "batch_size": 128, "learning_rate": 0.1},
+        **{"data": "digits", "epochs": 16, "width": 16, "momentum": 0.9, "weight_decay": 0.0005},
+        **{"evaluations_per_epoch": 4, "stop_at_target": True, "stop_accuracy": 0.9},
+        **{"calibrate": True, "augment": False},
+    }
+
+
+@pytest.mark.parametrize("weight_init", runs.INITS)
+def test_weights_are_drawn_by_weight_init(weight_init):
+    preset = images.replace(images.PRESETS["cpu"], weight_init=weight_init)
+    job = images.row_run({**images.table_rows("1", ())[0], "n": 4}, preset, 0)
+    torch.manual_seed(0)
+    task = images.image_task(job.settings, cifar_parts())
+    torch.manual_seed(0)
+    model = models.phresnet18(4, width=16, weight_init=weight_init)
+    assert all(map(torch.equal, task.model.parameters(), model.parameters()))
+    assert ("weight_init" in job.settings) == (weight_init != "fan")
+
+
+def test_only_cifar10_is_augmented():
+    for data, expected in (("cifar10", True), ("digits", False), ("mnist5k", False)):
+        preset = images.replace(images.PRESETS["paper"], data=data)
+        assert images.row_run(images.table_rows("1", ())[0], preset, 0).settings["augment"] is expected
+
+
+def test_a_batch_of_more_images_than_there_are_is_refused():
+    job = images.row_run({**images.table_rows("1", ())[0], "batch_size": 65}, images.PRESETS["cpu"], 0)
+    with pytest.raises(ValueError, match="batch_size=65 is more than the 64 training images"):
+        images.image_task(job.settings, cifar_parts())
 
 
 def test_an_evaluation_calibrates_batch_norm_where_it_shall_and_leaves_training_mode(tmp_path):
@@ -687,7 +851,7 @@ def test_missing_data_says_in_one_line_how_to_get_it_and_what_runs_without(tmp_p
     with pytest.raises(image_data.MissingDataError) as error:
         image_data.load("cifar10", 0, tmp_path)
     message = str(error.value)
-    for words in ("download cifar-10-python.tar.gz", str(tmp_path / "cifar-10-batches-py"), "--data digits"):
+    for words in ("download cifar-10-python.tar.gz", str(tmp_path / "cifar-10-batches-py"), "--preset cpu"):
         assert words in message
     assert "\n" not in message
     monkeypatch.setattr(image_data.importlib.util, "find_spec", lambda name: None)
@@ -730,6 +894,65 @@ def fake_torchvision(images: Any, labels: Any = None) -> Any:
     return module
 
 
+def test_files_are_read_once_for_all_seeds(tmp_path, monkeypatch):
+    arrays = np.zeros((100, 32, 32, 3), dtype=np.uint8)
+    arrays[::2] = 255
+    module = fake_torchvision({True: arrays, False: arrays}, dict.fromkeys((True, False), list(range(10)) * 10))
+    read = []
+
+    class Counted(module.CIFAR10):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            read.append(options["train"])
+            super().__init__(*args, **options)
+
+    module.CIFAR10 = Counted
+    monkeypatch.setitem(sys.modules, "torchvision", type(sys)("torchvision"))
+    monkeypatch.setitem(sys.modules, "torchvision.datasets", module)
+    monkeypatch.setattr(image_data.importlib.util, "find_spec", lambda name: object())
+    for seed in range(3):
+        image_data.load("cifar10", seed, tmp_path)
+    assert read == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "file"),
+    [
+        ([], "convergence_images.json"),
+        (["--init", "fan", "--seeds", "3", "--n", "4", "3", "2"], "convergence_images.json"),
+        (["--seeds", "1"], "out/images-cpu-digits/summary.json"),
+        (["--depth", "18", "50"], "out/images-cpu-digits/summary.json"),
+        (["--n", "2"], "out/images-cpu-digits/summary.json"),
+        (["--table", "1"], "out/images-cpu-digits/summary.json"),
+        (["--with-fixup"], "out/images-cpu-digits/summary.json"),
+        (["--data", "mnist5k"], "out/images-cpu-mnist5k/summary.json"),
+        (["--init", "reference"], "out/images-cpu-digits-reference/summary.json"),
+        (["--preset", "paper"], "out/images-paper-cifar10-reference/summary.json"),
+        (["--n", "2", "--file", "mine.json"], "mine.json"),
+    ],
+)
+def test_figures_of_a_part_never_replace_those_of_the_whole(arguments, file, tmp_path, monkeypatch, capsys):
+    trained = []
+
+    def measure_table(preset: images.Preset, rows: list[Any], out: Path, **options: Any) -> list[Any]:
+        trained.append((preset, out))
+        return [row("phydi", [points(0.9)], None)]
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(images, "SUMMARY", tmp_path / "convergence_images.json")
+    monkeypatch.setattr(images, "measure_table", measure_table)
+    monkeypatch.setattr(images.image_data, "load", lambda *names: None)
+    monkeypatch.setattr(sys, "argv", ["images.py", "--out", "out", *arguments])
+    images.main()
+    assert [path.relative_to(tmp_path) for path in tmp_path.rglob("*.json")] == [Path(file)]
+    assert trained[0][1].parts == ("out", trained[0][1].name)
+    if file.startswith("out/"):
+        assert Path(file).parent == trained[0][1]
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--markdown"])
+    images.main()
+    assert "| + PHYDI | 2 |" in capsys.readouterr().out
+
+
 def test_the_command_trains_writes_its_figures_and_repeats_nothing(tmp_path, monkeypatch, capsys):
     small = images.replace(images.PRESETS["cpu"], epochs={18: 1}, width=4, seeds=1, evaluations_per_epoch=2)
     monkeypatch.setitem(images.PRESETS, "cpu", small)
@@ -745,7 +968,7 @@ def test_the_command_trains_writes_its_figures_and_repeats_nothing(tmp_path, mon
     assert "+ PHYDI" in printed and results["environment"]["cpu"]["model"] in printed
     images.main()
     assert json.loads(file.read_text()) == results
-    monkeypatch.setattr(sys, "argv", ["images.py", "--markdown", "--file", str(file)])
+    monkeypatch.setattr(sys, "argv", ["images.py", *arguments, "--markdown"])
     images.main()
     assert "| + PHYDI | 4 |" in capsys.readouterr().out
     monkeypatch.setitem(images.PRESETS, "cpu", images.replace(small, width=8))

@@ -127,9 +127,15 @@ def wikitext(folder: Path, suffix: str) -> None:
         (folder / f"wiki.{part}.{suffix}").write_text(f" = Title {part} = \n\n The cat <unk> , ran .\n")
 
 
-@pytest.mark.parametrize("suffix", ["tokens", "raw"])
-def test_wikitext2_is_read_from_a_folder(tmp_path, suffix):
-    wikitext(tmp_path / "here", suffix)
+def test_raw_wikitext2_is_refused_by_name(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace())
+    wikitext(tmp_path / "here", "raw")
+    with pytest.raises(text_data.MissingDataError, match=r"here has the \.raw files .* put wiki\.train\.tokens"):
+        text_data.load("wikitext2", tmp_path / "here")
+
+
+def test_wikitext2_is_read_from_a_folder(tmp_path):
+    wikitext(tmp_path / "here", "tokens")
     parts = text_data.wikitext2(tmp_path / "here")
     assert parts["validation"] == "= title valid = the cat <unk> , ran .".split()
     assert parts["train"][2] == "train" and parts["test"][2] == "test"
@@ -245,7 +251,7 @@ def test_task_follows_the_recipe(corpus):
         assert found[f"{part}_loss"] == text.mean_loss(task.model, getattr(corpus, part), 7)
 
 
-@pytest.mark.parametrize("init", text.INITS)
+@pytest.mark.parametrize("init", runs.INITS)
 def test_task_draws_weights_by_init(corpus, init):
     """H of linear1 has the published variance 2 / (12 (12/4 + 4)) or a dense layer's 2 / (12 + 12)."""
     task = text.task(settings_of(corpus, init=init, depth=60), corpus)
@@ -294,7 +300,7 @@ def test_a_run_that_is_stopped_goes_on_as_if_it_were_not(corpus, tmp_path):
     (once, weights), (again, same) = train("once", 0), train("stopped", 4)
     assert once["status"] == "not reached" and len(once["log"]) == 4 and once["steps"] == 16
     for result in (once, again):
-        del result["seconds"]
+        del result["seconds"], result["cpu_seconds"]
         for line in result["log"]:
             del line["seconds"]
     assert once == again
@@ -333,7 +339,8 @@ def outcome(depth: int, n: int, norm: str, seed: int, status: str, epoch: float 
         "status": status,
         "epoch": epoch,
         "steps": 94,
-        "seconds": 60.0,
+        "seconds": 90.0,
+        "cpu_seconds": 60.0,
         "parameters": 1000,
         "test": {},
         "log": [*lines, {"diverged": True, "epoch": 1.1}] if status == "diverged" else lines,
@@ -368,7 +375,9 @@ def test_summary_keeps_capped_and_diverged_runs(figures):
         "| 4 | 96 | diverged, > 3 | 2.00, > 3 | **1.25 ± 0.00** |",
     ]
     shown = text.text(figures)
-    assert "perplexity of 200" in shown and "12 core-minutes" in shown and 'init "fan"' in shown
+    assert "perplexity of 200" in shown and "12 processor minutes" in shown and 'init "fan"' in shown
+    figures["rows"][0]["cpu_seconds"] = None
+    assert "minutes" not in text.text(figures)
 
 
 def test_cells_and_means_of_seeds():
@@ -391,11 +400,10 @@ def test_main_measures_writes_and_prints(corpus, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(runs, "run_all", run_all)
     monkeypatch.setattr(text, "load", lambda name, folder: corpus)
     monkeypatch.setitem(text.PRESETS, "cpu", {**text.PRESETS["cpu"], **SIZES})
-    monkeypatch.setattr(text, "RESULTS", tmp_path)
     options = ["--depth", "2", "--n", "2", "4", "--norm", "pre", "phydi", "--seeds", "1", "--processes", "1"]
-    monkeypatch.setattr(sys, "argv", ["text.py", *options, "--out", str(tmp_path / "out"), "--init", "reference"])
+    monkeypatch.setattr(sys, "argv", ["text.py", *options, "--out", str(tmp_path), "--init", "reference"])
     text.main()
-    results = json.loads((tmp_path / "convergence_text_reference.json").read_text())
+    results = json.loads((tmp_path / "text-cpu-pydoc-reference" / "summary.json").read_text())
     # Twelve words: every perplexity is below 200 at the first evaluation.
     assert [(row["n"], row["norm"], row["status"], row["epoch"]) for row in results["rows"]] == [
         (n, norm, "reached", 0.4) for n in (2, 4) for norm in ("pre", "phydi")
@@ -403,9 +411,48 @@ def test_main_measures_writes_and_prints(corpus, tmp_path, monkeypatch, capsys):
     assert results["settings"]["init"] == "reference" and results["command"].endswith("--init reference")
     table = "| 2 | 2 |  | **0.40** | **0.40** |"
     assert table in capsys.readouterr().out
-    monkeypatch.setattr(sys, "argv", ["text.py", "--init", "reference", "--markdown"])
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--markdown"])
     text.main()
     assert table in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "file"),
+    [
+        ([], "convergence_text.json"),
+        (["--preset", "cpu", "--init", "fan", "--n", "4", "3", "2", "--seeds", "2"], "convergence_text.json"),
+        (["--depth", "12", "96"], "out/text-cpu-pydoc-fan/summary.json"),
+        (["--n", "4"], "out/text-cpu-pydoc-fan/summary.json"),
+        (["--norm", "phydi"], "out/text-cpu-pydoc-fan/summary.json"),
+        (["--seeds", "1"], "out/text-cpu-pydoc-fan/summary.json"),
+        (["--data", "wikitext2"], "out/text-cpu-wikitext2-fan/summary.json"),
+        (["--init", "reference"], "out/text-cpu-pydoc-reference/summary.json"),
+        (["--preset", "paper"], "out/text-paper-wikitext2-reference/summary.json"),
+        (["--init", "reference", "--depth", "12", "--n", "4", "--file", "mine.json"], "mine.json"),
+    ],
+)
+def test_figures_of_a_part_never_replace_those_of_the_whole(
+    corpus, figures, arguments, file, tmp_path, monkeypatch, capsys
+):
+    folders = []
+
+    def run_all(jobs: list[runs.Run], out: Path, *_: Any, **options: Any) -> None:
+        folders.append(out)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(text, "RESULTS", tmp_path)
+    monkeypatch.setattr(text, "load", lambda name, folder: corpus)
+    monkeypatch.setattr(text, "summary", lambda *_: figures)
+    monkeypatch.setattr(runs, "run_all", run_all)
+    monkeypatch.setattr(sys, "argv", ["text.py", "--out", "out", *arguments])
+    text.main()
+    assert [path.relative_to(tmp_path) for path in tmp_path.rglob("*.json")] == [Path(file)]
+    if file.startswith("out/"):
+        assert folders == [Path(file).parent]
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--markdown"])
+    text.main()
+    assert "| 4 | 96 |" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("norm", text.NORMS)
@@ -475,7 +522,7 @@ def image_figures() -> dict[str, Any]:
         image_row(18, 4, "fixup", [3.0, None]),
         *(image_row(50, 4, init, [e, e]) for init, e in (("standard", 2.0), ("wkp", 1.5), ("phydi", 1.0))),
         *(image_row(152, 4, init, [e, 6.0]) for init, e in (("standard", 6.0), ("wkp", None))),
-        image_row(152, 4, "phydi", [2.0, 2.0]),
+        image_row(152, 4, "phydi", [2.25, 1.75]),
     ]
     table_2 = [image_row(18, 2, init, [1.0], 128) for init in ("standard", "wkp", "phydi")]
     return {
@@ -488,10 +535,10 @@ def image_figures() -> dict[str, Any]:
 
 def test_paper_figures_are_those_of_its_text():
     """Section 4.2: fewer epochs "by more than 20 in some cases"; bold in Table 1: PHYDI 7 times, in Table 2 always."""
-    for table, least in (("1", (7, 9)), ("2", (6, 6))):
-        groups = results_page.paper_means(table)
+    for table, least in (("1", (7, 9, 6)), ("2", (6, 6, 4))):
+        groups = results_page.paper_figures(table)
         assert results_page.count(groups.values(), "phydi", "standard", "wkp") == least
-    saved = [group["standard"] - group["phydi"] for group in results_page.paper_means("1").values()]
+    saved = [group["standard"].mean - group["phydi"].mean for group in results_page.paper_figures("1").values()]
     assert sum(value > 20 for value in saved) == 2
     assert [key for key in results_page.PAPER_TABLE_1 if key[1] == 3] == [(18, 3), (50, 3), (152, 3)]
 
@@ -500,7 +547,7 @@ def test_image_table_has_both_figures(image_figures):
     lines = results_page.image_table(image_figures, "1").splitlines()
     assert lines[0] == "| Model | n | M1 | M1, paper | M2 | M2, paper | test, % |"
     assert lines[2] == "| PHResNet18 | 4 | **1.00 ± 0.00** | **3.75 ± 0.48** | - | 1 | 80.0 ± 0.0 |"
-    assert lines[5] == "| + Fixup | 4 | > 2.50 ± 0.50 |  | - |  | 80.0 ± 0.0 |"
+    assert lines[5] == "| + Fixup | 4 | 3.00, > 2.00 |  | - |  | 80.0 ± 0.0 |"
     assert lines[8].startswith("| + PHYDI | 4 | **1.00 ± 0.00** | **7.00 ± 1.15** | - | - |")
     assert (
         results_page.image_table(image_figures, "2")
@@ -509,44 +556,188 @@ def test_image_table_has_both_figures(image_figures):
     )
 
 
+BY_ERRORS = "by more than the standard errors"
+DEEPER = "The deeper the model, the more epochs PHYDI saves: M1 of standard over PHYDI's, by depth"
+
+
+def claims_of(found: list[results_page.Claim]) -> dict[str, tuple[str, ...]]:
+    """The paper's figures, ours and the verdict, by claim."""
+    assert all(len(claim) == 4 and claim.verdict for claim in found)
+    return {claim.claim: claim[1:] for claim in found}
+
+
 def test_image_claims_are_counted(image_figures):
-    claims = {claim: rest for claim, *rest in results_page.image_claims(image_figures)}
-    assert claims["PHYDI has the least M1, or shares it (Table 1)"] == ["7 of 9", "2 of 3", "mostly holds"]
-    assert claims["PHYDI has the least M1, or shares it (Table 2)"] == ["6 of 6", "1 of 1", "holds"]
-    deeper = claims["The deeper the model, the more epochs PHYDI saves: M1 of standard over PHYDI's, by depth"]
-    assert deeper == ["18: 1.02, 50: 1.35, 152: 5.00", "18: 0.67, 50: 2.00, 152: 3.00", "holds"]
-    assert claims["PHYDI is not slower than WKP, which is not the identity"] == ["8 of 9", "2 of 3", "mostly holds"]
+    claims = claims_of(results_page.image_claims(image_figures))
+    assert claims["PHYDI has the least M1, or shares it (Table 1)"] == (
+        f"7 of 9, 6 {BY_ERRORS}",
+        # With 152 layers WKP has 4 +- 2 epochs at least: not clearly more than 2.
+        f"2 of 3, 1 {BY_ERRORS}",
+        "mostly holds",
+    )
+    # One seed has no standard error.
+    assert claims["PHYDI has the least M1, or shares it (Table 2)"] == (f"6 of 6, 4 {BY_ERRORS}", "1 of 1", "holds")
+    assert claims[DEEPER] == ("18: 1.02, 50: 1.35, 152: 5.00", "18: 0.67, 50: 2.00, 152: 3.00", "holds")
+    assert claims["PHYDI is not slower than WKP, which is not the identity"] == (
+        f"8 of 9, 8 {BY_ERRORS}",
+        f"2 of 3, 1 {BY_ERRORS}",
+        "mostly holds",
+    )
     # One that was not reached is the slowest.
-    assert claims["Fixup needs more epochs than any of the others"][1:] == ["1 of 1", "holds"]
+    assert claims["Fixup needs more epochs than any of the others"][1:] == ("1 of 1", "holds")
+
+
+def test_a_verdict_needs_groups():
     assert [results_page.verdict(k, 4) for k in (0, 2, 3, 4)] == ["does not hold"] * 2 + ["mostly holds", "holds"]
-    assert results_page.count([{"a": math.inf, "b": math.inf}, {"a": 1.0}], "a", "b") == (0, 1)
+    assert results_page.verdict(0, 0) == "not measured"
+
+
+def test_figures_of_seeds_that_did_not_get_there():
+    figure = results_page.Figure
+    assert figure.of([1.0, 2.0], [5.0, 5.0]) == (1.5, 1.5, 0.5)
+    assert figure.of([1.0, None], [5.0, 4.0]) == (math.inf, 2.5, pytest.approx(1.5))
+    assert figure.of([1.0, None], [5.0, math.inf]) == (math.inf, math.inf, None)
+    assert figure.of([1.0], [5.0]) == (1.0, 1.0, None)
+
+
+def test_ties_are_shared_and_wins_within_the_errors_are_told_apart():
+    figure = results_page.Figure
+    never = figure(math.inf, math.inf, None)
+
+    def count(a: results_page.Figure, b: results_page.Figure) -> tuple[int, int, int | None]:
+        return results_page.count([{"a": a, "b": b}, {"a": a}], "a", "b")
+
+    assert count(figure(1, 1, 0.0), figure(1, 1, 0.0)) == (1, 1, 0)
+    assert count(figure(1, 1, 0.3), figure(1.49, 1.49, 0.4)) == (1, 1, 0)
+    assert count(figure(1, 1, 0.3), figure(1.51, 1.51, 0.4)) == (1, 1, 1)
+    assert count(figure(1, 1, 0.3), figure(math.inf, 1.4, 0.4)) == (1, 1, 0)
+    assert count(figure(2, 2, 0.0), figure(1, 1, 0.0)) == (0, 1, 0)
+    assert count(figure(1, 1, None), figure(1.5, 1.5, None)) == (1, 1, None)
+    assert count(figure(1, 1, 0.3), never) == (1, 1, 1)
+    assert count(never, never) == count(never, figure(1, 1, 0.1)) == (0, 1, 0)
+    assert (
+        str(results_page.Count(3, 4, 2)) == f"3 of 4, 2 {BY_ERRORS}" and str(results_page.Count(3, 4, None)) == "3 of 4"
+    )
+
+
+def replace_row(results: dict[str, Any], depth: int, init: str, m1: list[float | None]) -> None:
+    rows = results["tables"]["1"]
+    index = next(i for i, row in enumerate(rows) if (row["depth"], row["init"]) == (depth, init))
+    rows[index] = image_row(depth, 4, init, m1)
+
+
+def test_a_depth_without_m1_is_a_bound_and_leaves_the_claim_unmeasured(image_figures):
+    # A run of two epochs without M1.
+    replace_row(image_figures, 152, "standard", [6.0, None])
+    assert claims_of(results_page.image_claims(image_figures))[DEEPER][1:] == (
+        "18: 0.67, 50: 2.00, 152: > 2.00",
+        "not measured",
+    )
+    replace_row(image_figures, 50, "phydi", [1.0, None])
+    assert claims_of(results_page.image_claims(image_figures))[DEEPER][1:] == (
+        "18: 0.67, 50: > 0.00, 152: > 2.00",
+        "not measured",
+    )
+    replace_row(image_figures, 50, "phydi", [1.0, 1.0])
+    rows = image_figures["tables"]["1"]
+    next(row for row in rows if (row["depth"], row["init"]) == (152, "standard"))["diverged"] = [False, True]
+    assert claims_of(results_page.image_claims(image_figures))[DEEPER][1:] == (
+        "18: 0.67, 50: 2.00, 152: standard diverged",
+        "not measured",
+    )
+    image_figures["tables"]["1"] = [row for row in rows if row["depth"] < 152]
+    assert claims_of(results_page.image_claims(image_figures))[DEEPER][1:] == ("18: 0.67, 50: 2.00", "not measured")
+
+
+FIRST = "PHYDI is at the perplexity first, or shares it, from 32 layers on"
+SMALL = "PreNorm is first, or shares it, with 12 and 16 layers"
+FAILS = "PostNorm fails from some depth on: the most layers with which it gets there"
+RISES = "The depth at which PostNorm fails rises with n"
+FLAT = "PHYDI with the most layers needs at most a quarter more epochs than with the fewest (in brackets)"
+DIVERGES = "PostNorm diverges where it fails: its loss is infinite or not a number"
+
+
+def change(results: dict[str, Any], norm: str, depth: int, status: str, epoch: float | None = None) -> None:
+    for row in results["rows"]:
+        if (row["norm"], row["depth"]) == (norm, depth):
+            row.update(status=status, epoch=epoch)
 
 
 def test_text_claims_are_counted(figures):
-    found = [rest[1:] for _, *rest in results_page.text_claims(figures)]
-    assert found == [
-        ["1 of 1", "holds"],
-        ["1 of 1", "holds"],
-        ["n = 4: 12", "holds"],
-        ["1.25 (n = 4)", "holds"],
-        ["1 runs with a loss that is not finite", ""],
-    ]
-    for row in figures["rows"]:
-        if row["norm"] == "phydi" and row["depth"] == 96:
-            row["epoch"] = 2.5
-        if row["norm"] == "post":
-            row.update({"status": "not reached"} if row["depth"] == 12 else {"status": "reached", "epoch": 1.0})
-    found = [rest[1:] for _, *rest in results_page.text_claims(figures)]
-    assert found[0] == ["0 of 1", "does not hold"]
+    claims = claims_of(results_page.text_claims(figures))
+    assert {claim: rest[1:] for claim, rest in claims.items()} == {
+        FIRST: (f"1 of 1, 1 {BY_ERRORS}", "holds"),
+        SMALL: (f"1 of 1, 0 {BY_ERRORS}", "holds"),
+        FAILS: ("n = 4: 12", "holds"),
+        RISES: ("n = 4: 96", "not measured"),
+        FLAT: ("n = 4: 1.25 (1.12)", "holds"),
+        DIVERGES: ("1 of 2 runs", "does not hold"),
+    }
+    assert claims[FAILS][0] == "n = 2: 32, n = 4: 64" and claims[RISES][0] == "n = 2: 48, n = 4: 96"
+    change(figures, "phydi", 96, "reached", 2.5)
+    change(figures, "post", 12, "not reached")
+    change(figures, "post", 96, "reached", 1.0)
+    claims = claims_of(results_page.text_claims(figures))
+    assert claims[FIRST][1:] == (f"0 of 1, 0 {BY_ERRORS}", "does not hold")
     # PostNorm fails with few layers and gets there with 96.
-    assert found[2] == ["n = 4: 96", "does not hold"] and found[3] == ["2.50 (n = 4)", "does not hold"]
-    deeper = [{**row, "depth": 128} for row in figures["rows"] if row["depth"] == 96]
-    for row in deeper:
-        row["status"] = "not reached"
-    figures["rows"] += deeper
-    assert results_page.text_claims(figures)[2][2:] == ("n = 4: 96", "does not hold")
+    assert claims[FAILS][1:] == ("n = 4: 96", "does not hold")
+    assert claims[FLAT][1:] == ("n = 4: 2.50 (1.12)", "does not hold")
+    assert claims[DIVERGES][1:] == ("0 of 2 runs", "does not hold")
+
+
+def test_postnorm_that_gets_there_nowhere_or_everywhere_does_not_fail_from_a_depth_on(figures):
+    change(figures, "post", 12, "not reached")
+    assert claims_of(results_page.text_claims(figures))[FAILS][1:] == ("n = 4: none", "does not hold")
+    for depth in (12, 96):
+        change(figures, "post", depth, "reached", 1.0)
+    claims = claims_of(results_page.text_claims(figures))
+    assert claims[FAILS][1:] == ("n = 4: 96", "does not hold") and claims[DIVERGES][1:] == (
+        "0 of 0 runs",
+        "not measured",
+    )
+
+
+def test_phydi_that_never_gets_there_is_not_as_fast_with_more_layers(figures):
+    for depth in (12, 96):
+        change(figures, "phydi", depth, "not reached")
+    assert claims_of(results_page.text_claims(figures))[FLAT][1:] == (
+        "n = 4: not reached (not reached)",
+        "does not hold",
+    )
     # Where none is reached, none is the least.
-    assert text.markdown(figures).splitlines()[-1] == "| 4 | 128 | > 3 | > 3 | > 3 |"
+    for norm in ("post", "pre"):
+        change(figures, norm, 96, "not reached")
+    assert text.markdown(figures).splitlines()[-1] == "| 4 | 96 | > 3 | > 3 | > 3 |"
+
+
+def test_claims_of_what_is_not_in_the_results_are_not_measured(figures):
+    figures["rows"] = [row for row in figures["rows"] if row["depth"] == 12 and row["norm"] != "post"]
+    claims = claims_of(results_page.text_claims(figures))
+    assert {claim: rest[2] for claim, rest in claims.items()} == dict.fromkeys(claims, "not measured")
+
+
+@pytest.mark.parametrize(
+    ("by_n", "shown", "verdict"),
+    [
+        # Whether PostNorm gets there with 12, 48 and 96 layers.
+        ({2: (1, 0, 0), 4: (1, 1, 0)}, "n = 2: 48, n = 4: 96", "holds"),
+        ({2: (1, 0, 0), 4: (1, 1, 1)}, "n = 2: 48, n = 4: at none", "holds"),
+        ({2: (0, 0, 0), 3: (1, 1, 1), 4: (1, 0, 0)}, "n = 2: 12, n = 3: at none, n = 4: 48", "holds"),
+        ({2: (1, 0, 0), 4: (1, 0, 0)}, "n = 2: 48, n = 4: 48", "does not hold"),
+        ({2: (1, 1, 1), 4: (1, 0, 0)}, "n = 2: at none, n = 4: 48", "does not hold"),
+        ({2: (0, 0, 0), 4: (0, 0, 0)}, "n = 2: 12, n = 4: 12", "not measured"),
+        ({2: (1, 1, 1), 4: (1, 1, 1)}, "n = 2: at none, n = 4: at none", "not measured"),
+        ({3: (1, 0, 0), 4: (1, 1, 0)}, "n = 3: 48, n = 4: 96", "not measured"),
+    ],
+)
+def test_the_depth_at_which_postnorm_fails_is_compared_between_n(corpus, by_n, shown, verdict):
+    found = [
+        outcome(depth, n, "post", seed, *(("reached", 1.0) if there else ("not reached", None)))
+        for n, reached in by_n.items()
+        for depth, there in zip((12, 48, 96), reached, strict=True)
+        for seed in (0, 1)
+    ]
+    results = text.summary("cpu", corpus, found, "python text.py")
+    assert claims_of(results_page.text_claims(results))[RISES][1:] == (shown, verdict)
 
 
 @pytest.fixture
@@ -567,6 +758,17 @@ def folder(figures, image_figures, gradients, tmp_path) -> Path:
     return tmp_path
 
 
+def test_claims_have_a_column_for_each_measurement(folder, figures):
+    change(figures, "phydi", 96, "not reached")
+    (folder / "convergence_text_reference.json").write_text(json.dumps(figures))
+    lines = results_page.parts(folder)["text-claims"].splitlines()
+    assert lines[0] == "| claim | paper | this package's weights | verdict | published weights | verdict |"
+    assert lines[2] == (
+        f"| {FIRST} | all (Fig. 4) | 1 of 1, 1 {BY_ERRORS} | holds | 0 of 1, 0 {BY_ERRORS} | does not hold |"
+    )
+    assert len(lines) == 2 + len(results_page.text_claims(figures))
+
+
 def test_page_has_its_parts_put_in(folder, monkeypatch, capsys):
     page = folder / "README.md"
     page.write_text(results_page.PAGE.read_text())
@@ -576,7 +778,7 @@ def test_page_has_its_parts_put_in(folder, monkeypatch, capsys):
     for name in results_page.PARTS:
         shown = re.search(rf"<!-- {results_page.COMMAND} {name} -->\n(.*?)<!-- end -->", written, re.DOTALL)
         assert shown is not None, name
-        if not name.endswith("-reference"):
+        if name not in ("figure-4-reference", "text-claims"):
             monkeypatch.setattr(sys, "argv", ["results_page.py", name, "--folder", str(folder)])
             results_page.main()
             assert shown[1] == capsys.readouterr().out and shown[1].startswith("|" if "-4" not in name else "Epochs")
@@ -588,8 +790,14 @@ def test_page_has_its_parts_put_in(folder, monkeypatch, capsys):
 
 def test_committed_page_is_that_of_the_committed_results():
     page = results_page.PAGE.read_text(encoding="utf-8")
-    for name, made in results_page.parts(text.RESULTS).items():
-        assert f"<!-- {results_page.COMMAND} {name} -->\n{made}\n<!-- end -->" in page, name
+    made = results_page.parts(text.RESULTS)
+    assert made.keys() == results_page.PARTS.keys()
+    for name, part in made.items():
+        assert f"<!-- {results_page.COMMAND} {name} -->\n{part}\n<!-- end -->" in page, name
+    plotted = re.findall(r"!\[[^\]]*\]\((.*?)\)", page)
+    assert {Path(file).stem for file in plotted} == plots.figures(text.RESULTS).keys()
+    for file in plotted:
+        assert (text.RESULTS / file).read_bytes().startswith(b"\x89PNG"), file
 
 
 def test_plots_show_the_results(folder, monkeypatch, capsys):
@@ -620,6 +828,30 @@ def test_plots_show_the_results(folder, monkeypatch, capsys):
     ]
     gradients = made["gradient_norms"].axes[0]
     assert [len(line.get_ydata()) for line in gradients.lines] == [4, 4, 4] and gradients.get_yscale() == "log"
+
+
+def test_a_run_that_has_ended_goes_on_in_the_mean_with_its_last_accuracy():
+    curves = [
+        {"epoch": [0.5, 1.0], "validation_accuracy": [0.4, 0.9]},
+        {"epoch": [0.5, 1.0, 1.5], "validation_accuracy": [0.2, 0.5, 0.7]},
+        {"epoch": [], "validation_accuracy": []},
+    ]
+    panel = plots.Figure().subplots()
+    plots._accuracy_curve(panel, {"init": "phydi", "curves": curves})
+    mean = next(line for line in panel.lines if line.get_linewidth() > 2)
+    assert mean.get_xdata().tolist() == [0.5, 1.0, 1.5]
+    assert mean.get_ydata().tolist() == pytest.approx([0.3, 0.7, 0.8])
+
+
+def test_no_panel_cuts_the_curves_of_another_off(image_figures):
+    """Those of a row share their axis, and the longest run is not in the first panel."""
+    image_figures["tables"]["1"].append(image_row(152, 5, "standard", [20.0, 20.0]))
+    for panel in plots.images_figure(image_figures).axes:
+        left, right = panel.get_xlim()
+        curves = [line for line in panel.lines if line.get_linestyle() != "None" and line.get_color() != plots.GREY]
+        assert all(left <= line.get_xdata().min() and line.get_xdata().max() < right for line in curves), (
+            panel.get_title()
+        )
 
 
 def test_plots_need_results(tmp_path, monkeypatch, capsys):

@@ -71,7 +71,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--depth", type=runs.positive, default=96, help="encoder layers (default: 96)")
     parser.add_argument("--n", type=int, choices=text.NS, default=4, help="dimension of the algebra (default: 4)")
-    parser.add_argument("--init", choices=text.INITS, default="fan", help="initial weights (default: fan)")
+    parser.add_argument("--init", choices=runs.INITS, default="fan", help="initial weights (default: fan)")
     parser.add_argument("--seeds", type=runs.positive, default=8, help="models to average over (default: 8)")
     parser.add_argument("--file", type=Path, default=text.RESULTS / "gradient_norms.json")
     args = parser.parse_args()

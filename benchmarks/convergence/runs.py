@@ -16,13 +16,14 @@ The folder ``<out>/<run name>-seed<seed>`` of a run holds
   ``alpha1`` or ``alpha2`` of the model by the name of its module) and seconds. A run whose loss or evaluation is not
   finite ends with ``{"diverged": true, "epoch": ...}``.
 * ``checkpoint.pt`` and ``previous.pt``, the last two states: model, optimizer, scheduler, random numbers, position and
-  log. They are replaced in one step, so that a kill at any moment leaves a whole one.
-* ``result.json``, once finished: status ("reached", "diverged" or "not reached"), the epoch of the first two, and what
-  ``Task.test`` returns.
+  log. They are replaced in one step, so that a kill at any moment leaves a whole one. A finished run keeps the first.
+* ``result.json``, once finished: status ("reached", "diverged" or "not reached"), the epoch of the first two, what
+  ``Task.test`` returns (None for a figure that is not finite), and the time of training and evaluation: seconds on the
+  wall, cpu_seconds of the processor.
 
 A state is saved after every step for which saving has taken less than ``save_share`` of the time of training, and after
 each evaluation. The order of the samples is a function of seed and epoch, so that a run that goes on from a saved state
-repeats the steps since then exactly: its log and weights are those of a run never stopped, to the bit.
+repeats the steps since then exactly: on the CPU its log and weights are those of a run never stopped, to the bit.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -53,11 +54,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from image_data import MissingDataError
 from torch import Tensor, nn
 from tqdm import tqdm
 
+RESULTS = Path(__file__).resolve().parent.parent / "results"
 SAVE_SHARE = 0.05
 MAX_EPOCHS = 10_000
+INITS = ("fan", "reference")
 ALPHAS = ("alpha", "alpha1", "alpha2")
 MAGIC = b"phydi_kernels checkpoint 1\n"
 DIGEST_BYTES = hashlib.sha256().digest_size
@@ -87,7 +91,7 @@ class Task:
         evaluate: figures on validation data.
         reached: whether the target is reached, from what ``evaluate`` returned.
         test: figures on test data, called once at the end.
-        scheduler: stepped at each epoch's end.
+        scheduler: stepped at each epoch's end, or with ``scheduled_steps`` after each step.
         clip: largest norm of the gradient of all parameters together.
         evaluations_per_epoch: at equal distances, the last at the epoch's end.
     """
@@ -100,12 +104,17 @@ class Task:
     reached: Callable[[Mapping[str, float]], bool]
     test: Callable[[], dict[str, float]]
     scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
+    scheduled_steps: bool = False
     clip: float | None = None
     evaluations_per_epoch: int = 1
 
 
 class CorruptCheckpointError(ValueError):
     """A checkpoint that is not what was written."""
+
+
+class CorruptResultError(ValueError):
+    """The result or the log of a finished run that is not what was written."""
 
 
 class SettingsMismatchError(ValueError):
@@ -136,7 +145,9 @@ def train(
 
     Raises:
         SettingsMismatchError: the folder holds a run of other settings.
+        CorruptResultError: the run is finished, its result or log cannot be read.
         InterruptedRunError: ``on_step`` asked to stop.
+        ValueError: an epoch without batches.
         ModuleNotFoundError: ``tensorboard`` without the package.
     """
     folder = run.folder(out)
@@ -172,6 +183,7 @@ class _Training:
         self.loss_sum = 0.0
         self.samples = 0
         self.seconds = 0.0
+        self.cpu_seconds: float | None = 0.0
         self.log = ""
         self.status = ""
         self.status_epoch: float | None = None
@@ -194,7 +206,8 @@ class _Training:
         if self.task.scheduler is not None:
             self.task.scheduler.load_state_dict(state["scheduler"])
         for key in _COUNTERS:
-            setattr(self, key, state[key])
+            # Unknown where the run was begun without a measurement of it.
+            setattr(self, key, state.get(key) if key == "cpu_seconds" else state[key])
         _replace(self.folder / "log.jsonl", self.log.encode())
         _set_random_state(state["random"])
 
@@ -206,6 +219,8 @@ class _Training:
             # Of a seed torch takes the lowest 32 bits.
             generator = torch.Generator().manual_seed(self.run.seed * MAX_EPOCHS + self.epoch)
             batches = task.batches(self.epoch, generator)
+            if not batches:
+                raise ValueError(f"{self.run.name}: epoch {self.epoch} has no batches; the training data is too small")
             for batch in batches[self.step :]:
                 self._take_step(batch, len(batches), on_step, writer)
                 if self.status:
@@ -213,7 +228,7 @@ class _Training:
         self._finish()
 
     def _take_step(self, batch: Any, steps: int, on_step: Callable[[float], bool], writer: Any) -> None:
-        start = time.perf_counter()
+        start, cpu_start = time.perf_counter(), time.process_time()
         finite = self._train_step(batch)
         self.step += 1
         self.steps += 1
@@ -229,8 +244,12 @@ class _Training:
             self.status = "reached"
         elif self.step == steps:
             self._end_epoch()
+        if self.task.scheduler is not None and self.task.scheduled_steps and finite:
+            self.task.scheduler.step()
         spent = time.perf_counter() - start
         self.seconds += spent
+        if self.cpu_seconds is not None:
+            self.cpu_seconds += time.process_time() - cpu_start
         self._trained += spent
         stop = on_step(epoch)
         if evaluated or self.status or stop or self._saved <= self.save_share * self._trained:
@@ -240,7 +259,7 @@ class _Training:
 
     def _end_epoch(self) -> None:
         self.epoch, self.step = self.epoch + 1, 0
-        if self.task.scheduler is not None:
+        if self.task.scheduler is not None and not self.task.scheduled_steps:
             self.task.scheduler.step()
         if self.epoch == self.run.settings["epochs"]:
             self.status = "not reached" if self.status_epoch is None else "reached"
@@ -262,6 +281,9 @@ class _Training:
 
     def _evaluate(self, epoch: float, start: float, writer: Any) -> bool:
         """Writes a line of the log; whether all figures are finite."""
+        # An accuracy is finite whatever the weights are.
+        if not all(bool(parameter.isfinite().all()) for parameter in self.task.model.parameters()):
+            return False
         metrics = self.task.evaluate()
         if not all(map(math.isfinite, metrics.values())):
             return False
@@ -284,7 +306,7 @@ class _Training:
         return True
 
     def _append(self, line: Mapping[str, Any]) -> None:
-        text = json.dumps(line) + "\n"
+        text = json.dumps(line, allow_nan=False) + "\n"
         self.log += text
         with (self.folder / "log.jsonl").open("a", encoding="utf-8") as file:
             file.write(text)
@@ -304,15 +326,20 @@ class _Training:
             "epoch": self.status_epoch,
             "steps": self.steps,
             "seconds": self.seconds,
+            "cpu_seconds": self.cpu_seconds,
             "parameters": sum(p.numel() for p in self.task.model.parameters()),
-            "test": tested,
+            "test": {name: value if math.isfinite(value) else None for name, value in tested.items()},
         }
         # What was appended to the log may not have reached the disk; the result says that it has.
         _replace(self.folder / "log.jsonl", self.log.encode())
-        _replace(self.folder / "result.json", (json.dumps(result, indent=2) + "\n").encode())
+        _replace(self.folder / "result.json", (json.dumps(result, indent=2, allow_nan=False) + "\n").encode())
+        (self.folder / "previous.pt").unlink(missing_ok=True)
 
 
-_COUNTERS = ("epoch", "step", "steps", "loss_sum", "samples", "seconds", "log", "status", "status_epoch")
+_COUNTERS = (
+    *("epoch", "step", "steps", "loss_sum", "samples", "seconds", "cpu_seconds"),
+    *("log", "status", "status_epoch"),
+)
 
 
 def read(run: Run, out: Path) -> dict[str, Any] | None:
@@ -320,15 +347,27 @@ def read(run: Run, out: Path) -> dict[str, Any] | None:
 
     Raises:
         SettingsMismatchError: the folder holds a run of other settings.
+        CorruptResultError: the result or the log cannot be read.
     """
     folder = run.folder(out)
     path = folder / "result.json"
     if not path.exists():
         return None
-    result = json.loads(path.read_text(encoding="utf-8"))
+    [result] = _json_values(path, [path.read_text(encoding="utf-8")])
     _check_settings(path, result["settings"], run)
-    lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
-    return {**result, "log": [json.loads(line) for line in lines]}
+    log = folder / "log.jsonl"
+    return {**result, "log": _json_values(log, log.read_text(encoding="utf-8").splitlines())}
+
+
+def _json_values(path: Path, texts: Sequence[str]) -> list[dict[str, Any]]:
+    """The values of ``texts``, which are from ``path``."""
+    try:
+        return [json.loads(text) for text in texts]
+    except json.JSONDecodeError as error:
+        raise CorruptResultError(
+            f"{path} is corrupt ({error}): delete {path.with_name('result.json')}, and the run goes on from its "
+            "last checkpoint"
+        ) from None
 
 
 def write_checkpoint(folder: Path, state: Mapping[str, Any]) -> None:
@@ -418,6 +457,7 @@ def run_all(
 
     Raises:
         SettingsMismatchError: a folder holds a run of other settings.
+        CorruptResultError: a result or log of a finished run cannot be read.
         ModuleNotFoundError: ``tensorboard`` without the package.
     """
     if tensorboard:
@@ -522,6 +562,25 @@ def _train_in_worker(index: int, run: Run, out: Path, build: Any, save_share: fl
     train(run, out, build, save_share=save_share, tensorboard=tensorboard, on_step=on_step, say=say)
 
 
+def cell(values: Sequence[float | None], otherwise: Sequence[str]) -> str:
+    """A figure in a table: mean ± standard error over seeds; where a seed has no value, each seed's own.
+
+    ``otherwise`` says what is shown of a seed without a value; seeds that are shown alike are shown once.
+    """
+    known = [value for value in values if value is not None]
+    if len(known) == len(values):
+        mean, error = mean_and_error(known)
+        return f"{mean:.2f}" if error is None else f"{mean:.2f} ± {error:.2f}"
+    shown = [other if value is None else f"{value:.2f}" for value, other in zip(values, otherwise, strict=True)]
+    return shown[0] if len(set(shown)) == 1 else ", ".join(shown)
+
+
+def processor_time(seconds: Sequence[float | None]) -> str:
+    """What a caption says of the runs' ``cpu_seconds``; nothing where one is unknown."""
+    known = [value for value in seconds if value is not None]
+    return f"; {sum(known) / 60:.0f} processor minutes of training" if len(known) == len(seconds) else ""
+
+
 def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
     """Mean over seeds and its standard error, std(ddof=1)/sqrt(k); no error of one value."""
     error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
@@ -582,6 +641,12 @@ def _replace(path: Path, *parts: Any) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(unfinished, path)
+    # The new name is on the disk once the folder is.
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 @contextmanager
@@ -590,6 +655,49 @@ def _locked(folder: Path) -> Iterator[None]:
     with (folder / "lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def add_arguments(parser: argparse.ArgumentParser, presets: Iterable[str], data: Iterable[str]) -> None:
+    """The arguments that the experiments share."""
+    parser.add_argument("--preset", choices=presets, default="cpu", help="sizes of everything (default: cpu)")
+    parser.add_argument("--data", choices=data, help="data set (default: the preset's)")
+    parser.add_argument("--data-folder", type=Path, default=Path("data"), help="has the data sets (default: data)")
+    parser.add_argument("--init", choices=INITS, help="initial weights (default: the preset's)")
+    parser.add_argument("--seeds", type=positive, help="runs of each model (default: the preset's)")
+    parser.add_argument("--processes", type=positive, default=2, help="runs at a time, a thread each (default: 2)")
+    parser.add_argument("--device", default="cpu", help="of the models (default: cpu)")
+    parser.add_argument("--out", type=Path, default=RESULTS / "convergence", help="folder of logs and checkpoints")
+    parser.add_argument(
+        "--file",
+        type=Path,
+        help="the figures (default: benchmarks/results/ for all of the cpu preset, else in the folder of the logs)",
+    )
+    parser.add_argument("--save-share", type=float, default=SAVE_SHARE, help="part of the time for checkpoints")
+    parser.add_argument("--fresh", action="store_true", help="train again what is finished or in progress")
+    parser.add_argument("--tensorboard", action="store_true", help="write TensorBoard's logs as well")
+    parser.add_argument("--markdown", action="store_true", help="print the tables of the file, and train nothing")
+
+
+def run_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of :func:`run_all` among the arguments."""
+    return {key: getattr(args, key) for key in ("processes", "save_share", "tensorboard", "fresh")}
+
+
+@contextmanager
+def exits(parser: argparse.ArgumentParser) -> Iterator[None]:
+    """Ends the program with one line where a user can mend what is wrong, and at Ctrl-C."""
+    try:
+        yield
+    except (MissingDataError, SettingsMismatchError, CorruptResultError, ModuleNotFoundError) as error:
+        parser.exit(1, f"{error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, "Stopped. The same command goes on from here.\n")
+
+
+def write_figures(file: Path, figures: Mapping[str, Any]) -> None:
+    """Writes a JSON file of one line."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(figures, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def positive(text: str) -> int:

@@ -4,7 +4,8 @@
 
 trains PHTransformerLM with 12 to 96 encoder layers, n = 2, 3, 4, PostNorm, PreNorm and PHYDI, until the perplexity on
 validation data is at most 200, the paper's threshold. It can be stopped at any moment and goes on where it was (see
-runs.py). The figures go to benchmarks/results/convergence_text.json; plots.py and results_page.py show them.
+runs.py). The figures of all of the cpu preset go to benchmarks/results/convergence_text.json, those of any other call
+to summary.json in the folder of its logs, unless ``--file`` says where; plots.py and results_page.py show them.
 
 ``--preset paper`` has the settings of the paper and its code: WikiText-2, 128 features, 8 heads, 256 features within
 the feed-forward networks, batches of 64 x 35 words, at most 50 epochs, evaluated once an epoch. n = 3 divides neither
@@ -12,13 +13,16 @@ the feed-forward networks, batches of 64 x 35 words, at most 50 epochs, evaluate
 
 ``--preset cpu`` is its reduction for two cores: Python's documentation topics (text_data.py), a fortieth of the words,
 48 features, 3 heads (16 features each, as in the paper), 96 features within, batches of 16 x 35 words so that an epoch
-has 94 steps where it would have 24, at most 3 epochs, evaluated four times an epoch: what is measured are multiples of
-1/4. Width, batch and number of epochs were chosen on models of 12 layers, n = 4, so that PreNorm, the usual choice at
-that depth, is at 200 after about an epoch. A model that knows how often each word occurs and nothing else is at 250.
+has 94 steps where it would have 24, at most 3 epochs. It is evaluated four times an epoch, after 24, 47, 70 and 94
+steps: what is measured are 0.26, 0.50, 0.74 and 1 of an epoch. Width, batch and number of epochs were chosen on models
+of 12 layers, n = 4, so that PreNorm, the usual choice at that depth, is at 200 after about an epoch. A model that knows
+how often each word occurs and nothing else is at 253 on the validation data: one that stays at 253 to 258 has learned
+no more.
 
 ``--init reference``, default of the paper preset, draws weights as the published layers do: the variance of H is about
 a tenth of a dense layer's at these sizes. ``--init fan``, default of the cpu preset, is this package's, with a dense
-layer's variance. In pilot runs PostNorm trained with the small weights only, PHYDI in fewer steps without them.
+layer's variance. Which normalisation is first depends on them: in pilot runs, all of seed 0, PostNorm trained with the
+small weights only, PHYDI in fewer steps without them.
 
 Both presets: Adagrad with learning rate 0.01, times 0.9 after each epoch, gradients of norm at most 0.5, dropout 0.1.
 The order of the text is kept, as in the published code: seeds differ in initial weights and dropout.
@@ -39,19 +43,18 @@ from typing import Any
 import runs
 import text_data
 import torch
-from image_data import MissingDataError
-from runs import Run, Task
+from runs import RESULTS, Run, Task
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from phydi_kernels.demo.report import environment, machine_line
 from phydi_kernels.models import PHTransformerLM
 
-RESULTS = Path(__file__).resolve().parent.parent / "results"
+SUMMARY = "convergence_text.json"
 DEPTHS = (12, 16, 24, 32, 48, 64, 96)
 NS = (2, 3, 4)
 NORMS = {"post": "PostNorm", "pre": "PreNorm", "phydi": "PHYDI"}
-INITS = ("fan", "reference")
+SEEDS = 2
 RECIPE = {
     "threshold": 200.0,
     "bptt": 35,
@@ -212,6 +215,7 @@ def summary(preset: str, corpus: text_data.Corpus, found: Sequence[Mapping[str, 
                 **{key: settings[key] for key in ("depth", "n", "norm")},
                 **{key: run[key] for key in ("seed", "status", "epoch", "steps", "parameters", "test")},
                 "seconds": round(run["seconds"], 1),
+                "cpu_seconds": run.get("cpu_seconds"),
                 "curve": [[line["epoch"], round(line["validation_perplexity"], 2)] for line in lines],
             }
         )
@@ -245,18 +249,21 @@ def alphas(found: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
 
 
 def cell(rows: Sequence[Mapping[str, Any]], cap: int) -> str:
-    """Epochs to the threshold over seeds: mean +- standard error, or each seed's where one did not reach it."""
-    if all(row["status"] == "reached" for row in rows):
-        mean, error = runs.mean_and_error([row["epoch"] for row in rows])
-        return f"{mean:.2f}" if error is None else f"{mean:.2f} ± {error:.2f}"
-    names = {"reached": lambda row: f"{row['epoch']:.2f}", "diverged": lambda row: "diverged"}
-    shown = [names.get(row["status"], lambda row: f"> {cap}")(row) for row in rows]
-    return shown[0] if len(set(shown)) == 1 else ", ".join(shown)
+    """Epochs to the threshold over seeds: mean ± standard error, or each seed's where one did not reach it."""
+    return runs.cell(
+        [reached_after(row) for row in rows],
+        ["diverged" if row["status"] == "diverged" else f"> {cap}" for row in rows],
+    )
+
+
+def reached_after(row: Mapping[str, Any]) -> float | None:
+    """Epochs to the threshold; None where it was not reached."""
+    return row["epoch"] if row["status"] == "reached" else None
 
 
 def epochs(rows: Sequence[Mapping[str, Any]]) -> float:
     """Mean epochs to the threshold over seeds, infinite where a seed did not reach it."""
-    values = [row["epoch"] if row["status"] == "reached" else math.inf for row in rows]
+    values = [math.inf if (epoch := reached_after(row)) is None else epoch for row in rows]
     return sum(values) / len(values)
 
 
@@ -286,73 +293,58 @@ def markdown(summary: Mapping[str, Any]) -> str:
 def text(summary: Mapping[str, Any]) -> str:
     """The table, what it is and where it was measured."""
     settings, corpus = summary["settings"], summary["corpus"]
-    minutes = sum(row["seconds"] for row in summary["rows"]) / 60
+    time = runs.processor_time([row["cpu_seconds"] for row in summary["rows"]])
     return (
         f"Epochs to a validation perplexity of {settings['threshold']:g} on {corpus['name']} "
         f"({corpus['words']['train']:,} words, vocabulary {corpus['vocabulary']:,}), "
         f'init "{settings["init"]}", at most {settings["epochs"]}, evaluated {settings["evaluations_per_epoch"]} times '
         f"an epoch; mean ± standard error over {summary['seeds']} seeds.\n\n{markdown(summary)}\n\n"
-        f"{machine_line(summary['environment'])}; {minutes:.0f} core-minutes of training"
+        f"{machine_line(summary['environment'])}{time}"
     )
+
+
+def whole_preset(args: argparse.Namespace) -> bool:
+    """Whether the arguments ask for all of the cpu preset and nothing else, whose figures are committed."""
+    preset = PRESETS["cpu"]
+    chosen = (args.preset, args.data, args.init, args.seeds, args.device)
+    grids = ((args.depth, DEPTHS), (args.n, NS), (args.norm, NORMS))
+    return chosen == ("cpu", preset["data"], preset["init"], SEEDS, "cpu") and all(set(a) == set(b) for a, b in grids)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=PRESETS, default="cpu", help="sizes of everything (default: cpu)")
-    parser.add_argument("--data", choices=text_data.MINIMUM_COUNTS, help="text (default: the preset's)")
-    parser.add_argument("--data-folder", type=Path, default=Path("data"), help="has wikitext-2/ (default: data)")
+    runs.add_arguments(parser, PRESETS, text_data.MINIMUM_COUNTS)
     parser.add_argument("--depth", type=runs.positive, nargs="+", default=DEPTHS, help="these numbers of layers only")
     parser.add_argument("--n", type=int, choices=NS, nargs="+", default=NS, help="these n only")
     parser.add_argument("--norm", choices=NORMS, nargs="+", default=tuple(NORMS), help="these only")
-    parser.add_argument("--init", choices=INITS, help="initial weights (default: the preset's)")
-    parser.add_argument("--seeds", type=runs.positive, default=2, help="runs of each model (default: 2)")
-    parser.add_argument("--processes", type=runs.positive, default=2, help="runs at a time, a thread each (default: 2)")
-    parser.add_argument("--device", default="cpu", help="of the models (default: cpu)")
-    parser.add_argument("--out", type=Path, default=RESULTS / "convergence", help="folder of logs and checkpoints")
-    parser.add_argument("--file", type=Path, help="the figures (default: in results/)")
-    parser.add_argument("--save-share", type=float, default=runs.SAVE_SHARE, help="part of the time for checkpoints")
-    parser.add_argument("--fresh", action="store_true", help="train again what is finished or in progress")
-    parser.add_argument("--tensorboard", action="store_true", help="write TensorBoard's logs as well")
-    parser.add_argument("--markdown", action="store_true", help="print the table of the file, and train nothing")
     args = parser.parse_args()
-    init = args.init or PRESETS[args.preset]["init"]
-    others = [args.preset] if args.preset != "cpu" else []
-    others += [init] if init != PRESETS[args.preset]["init"] else []
-    file = args.file or RESULTS / f"{'_'.join(['convergence_text', *others])}.json"
+    args.data = args.data or PRESETS[args.preset]["data"]
+    args.init = args.init or PRESETS[args.preset]["init"]
+    args.seeds = args.seeds or SEEDS
+    out = args.out / f"text-{args.preset}-{args.data}-{args.init}"
+    file = args.file or (RESULTS / SUMMARY if whole_preset(args) else out / "summary.json")
     if args.markdown:
         print(text(json.loads(file.read_text(encoding="utf-8"))))
         return
     torch.set_num_threads(1)
     folder = args.data_folder / text_data.WIKITEXT2_FOLDER
-    try:
-        corpus = load(args.data or PRESETS[args.preset]["data"], folder)
-        found = runs.run_all(
-            grid(
-                args.preset,
-                corpus,
-                seeds=args.seeds,
-                init=init,
-                device=args.device,
-                depths=args.depth,
-                ns=args.n,
-                norms=args.norm,
-            ),
-            args.out / f"text-{args.preset}-{corpus.name}-{init}",
-            functools.partial(build, folder=folder),
-            processes=args.processes,
-            save_share=args.save_share,
-            tensorboard=args.tensorboard,
-            fresh=args.fresh,
+    with runs.exits(parser):
+        corpus = load(args.data, folder)
+        jobs = grid(
+            args.preset,
+            corpus,
+            seeds=args.seeds,
+            init=args.init,
+            device=args.device,
+            depths=args.depth,
+            ns=args.n,
+            norms=args.norm,
         )
-    except (MissingDataError, runs.SettingsMismatchError, ModuleNotFoundError) as error:
-        parser.exit(1, f"{error}\n")
-    except KeyboardInterrupt:
-        parser.exit(130, "Stopped. The same command goes on from here.\n")
+        found = runs.run_all(jobs, out, functools.partial(build, folder=folder), **runs.run_options(args))
     command = shlex.join(["python", "benchmarks/convergence/text.py", *sys.argv[1:]])
     results = summary(args.preset, corpus, found, command)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(results) + "\n", encoding="utf-8")
-    print(f"{text(results)}\nWritten: {file}; logs: {args.out}")
+    runs.write_figures(file, results)
+    print(f"{text(results)}\nWritten: {file}; logs: {out}")
 
 
 if __name__ == "__main__":

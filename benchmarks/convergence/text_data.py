@@ -1,6 +1,7 @@
 """Data of the language models: WikiText-2, and the documentation topics that come with Python.
 
-* ``"wikitext2"``: three files in a folder, or the package ``datasets``.
+* ``"wikitext2"``: three files in a folder, or the package ``datasets``. In its ``.tokens`` files rare words are
+  ``<unk>``; the ``.raw`` files, which have them, are another experiment and refused.
 * ``"pydoc"``: ``pydoc_data.topics``, the pages behind ``help("for")``, in every Python. The topics quote each other:
   a paragraph that occurred before is left out, so that none is in two parts. The first 80 % of the words are for
   training, the next 10 % for validation, the last 10 % for testing, cut between paragraphs. Versions of Python have
@@ -66,7 +67,7 @@ def load(name: str, folder: Path) -> Corpus:
     """``"pydoc"`` or ``"wikitext2"``; the latter from ``folder``, else through ``datasets``.
 
     Raises:
-        MissingDataError: there is neither.
+        MissingDataError: there is neither, or the folder has the .raw files alone.
     """
     texts = {"pydoc": pydoc, "wikitext2": lambda: wikitext2(folder)}[name]()
     return corpus(name, texts, MINIMUM_COUNTS[name])
@@ -125,15 +126,19 @@ def divide(paragraphs: Iterable[str]) -> dict[str, list[str]]:
 
 
 def wikitext2(folder: Path) -> dict[str, list[str]]:
-    """The words of WikiText-2's parts, from ``folder`` (``wiki.train.tokens`` or ``wiki.train.raw``, ...) or datasets.
+    """The words of WikiText-2's parts, from ``folder`` (``wiki.train.tokens``, ...) or datasets.
 
     ``datasets`` takes what it has in its cache, and fetches what it has not.
     """
-    for suffix in ("tokens", "raw"):
-        files = [folder / f"{name}.{suffix}" for name in WIKITEXT2_FILES]
-        if all(file.exists() for file in files):
-            texts = [file.read_text(encoding="utf-8") for file in files]
-            return {part: tokenize(text) for part, text in zip(PARTS, texts, strict=True)}
+    files = [folder / f"{name}.tokens" for name in WIKITEXT2_FILES]
+    if all(file.exists() for file in files):
+        texts = [file.read_text(encoding="utf-8") for file in files]
+        return {part: tokenize(text) for part, text in zip(PARTS, texts, strict=True)}
+    if any((folder / f"{name}.raw").exists() for name in WIKITEXT2_FILES):
+        raise MissingDataError(
+            f"{folder} has the .raw files of WikiText-2, whose vocabulary is another: put wiki.train.tokens, "
+            "wiki.valid.tokens and wiki.test.tokens of wikitext-2-v1.zip there; --data pydoc runs without them"
+        )
     missing = (
         f"WikiText-2 is not in {folder}: download wikitext-2-v1.zip and put wiki.train.tokens, wiki.valid.tokens and "
         "wiki.test.tokens there (or pip install datasets); --data pydoc runs without it"
