@@ -8,6 +8,7 @@ With x seen as Q blocks of q features and y as P blocks of p features, y_k = sum
 * rank: with A[i,k,l] = sum_r U[r,i] V[r,k] W[r,l] known, R products of blocks in place of P*Q,
   y_k = sum_r V[r,k] (sum_i U[r,i] F_i)(sum_l W[r,l] x_l).
 * direct: the same for a convolution, in one kernel of ours in place of R convolutions of torch's.
+* pointwise: a convolution of one position as a linear layer, by the best plan of one; its rows are the pixels.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ _STREAM_ALGEBRA = 0.2  # a multiplication of dA's sum
 _TURN = 0.08  # an entry of F packed for the R products,
 _COMBINE = 0.042  # an entry of F-hat written, and
 _COMBINE_TERM = 0.012  # for each term its share
-_ADD = 0.037  # a multiplication of x or y-hat with V or W
+_ADD = 0.037  # a multiplication of x or y-hat with V or W, and
+_ADD_GRAD = 0.05  # the same in the gradients, which pack x-hat and g-hat along the batch as well
 _GATHER = 0.11  # an entry of F-hat packed as it lies along p, lines far apart
 _RANK_SPLIT = 0.3  # an entry of F-hat's gradient, and
 _RANK_SPLIT_TERM = 0.025  # for each term its share in dU and dF
@@ -66,6 +68,11 @@ _DIRECT_ADD_BFLOAT16 = 0.25
 _DIRECT_STRIDES = (1, 2, 4)
 _DIRECT_LANES = 128
 _CONV_WEIGHT_GRAD = 1.3  # a weight gradient of few channels, relative to the convolution itself
+# The gradient of H by torch: a product, an entry of it formed and split, an entry of the images read.
+_CONV_GRAD_PRODUCT = 0.009
+_CONV_GRAD_FORM = 5.0
+_CONV_GRAD_READ = 0.45
+_TURN_IMAGE = 0.4  # an entry of an image copied from planes into rows, or back; torch's convolutions do so as well
 
 
 class Plan(enum.IntEnum):
@@ -76,6 +83,7 @@ class Plan(enum.IntEnum):
     PANEL = 2
     RANK = 3
     DIRECT = 4
+    POINTWISE = 5
 
 
 LINEAR_PLANS = (Plan.STREAM, Plan.MIX, Plan.PANEL, Plan.RANK)
@@ -139,14 +147,9 @@ def _products(rows: int, p: int, q: int, R: int, bfloat16: bool) -> float:
     return R * rows * q * _padded(p) * _PRODUCT * (_BFLOAT16_PRODUCT if bfloat16 else 1)
 
 
-@lru_cache(maxsize=4096)
-def phm_linear_factored(
-    rows: int, n: int, P: int, Q: int, p: int, q: int, R: int, contiguous: bool, combines: bool, bfloat16: bool = False
-) -> Plan:
-    """The plan of one phm_linear_factored call of R terms; ``combines``: the weights are sum_i U[r,i] F_i, not F.
-
-    RANK, or a plan of phm_linear for A = sum_r U_r (x) V_r (x) W_r.
-    """
+def _linear_factored_costs(
+    rows: int, n: int, P: int, Q: int, p: int, q: int, R: int, contiguous: bool, combines: bool, bfloat16: bool
+) -> dict[Plan, float]:
     wide_q = _padded(q)
     entries = p * wide_q
     packing = n * entries * (_TURN if contiguous else _GATHER)
@@ -157,20 +160,39 @@ def phm_linear_factored(
     additions = rows * R * (wide_q * Q + _padded(p) * P) * _ADD
     cost = _linear_costs(rows, n, P, Q, p, q, contiguous, bfloat16)
     cost[Plan.RANK] = packing + _products(rows, p, q, R, bfloat16) + additions
+    return cost
+
+
+@lru_cache(maxsize=4096)
+def phm_linear_factored(
+    rows: int, n: int, P: int, Q: int, p: int, q: int, R: int, contiguous: bool, combines: bool, bfloat16: bool = False
+) -> Plan:
+    """The plan of one phm_linear_factored call of R terms; ``combines``: the weights are sum_i U[r,i] F_i, not F.
+
+    RANK, or a plan of phm_linear for A = sum_r U_r (x) V_r (x) W_r.
+    """
+    cost = _linear_factored_costs(rows, n, P, Q, p, q, R, contiguous, combines, bfloat16)
     return min(cost, key=cost.__getitem__)
+
+
+def _linear_factored_grad_costs(
+    rows: int, n: int, P: int, Q: int, p: int, q: int, R: int, bfloat16: bool
+) -> dict[Plan, float]:
+    entries = R * p * _padded(q)
+    rank = entries * (_RANK_SPLIT + 2 * _COMBINE + n * (_RANK_SPLIT_TERM + 2 * _COMBINE_TERM))
+    # F-hat x-hat for dV, its transpose for dx and dW, the outer products for dU and dF; x and grad are mixed for each.
+    rank += 3 * _products(rows, p, q, R, bfloat16) + 3 * rows * R * (_padded(q) * Q + _padded(p) * P) * _ADD_GRAD
+    of_weights = _weight_grad_costs(rows, n, P, Q, p, q)
+    of_input = _linear_costs(rows, n, Q, P, q, p, False, bfloat16)
+    cost = {plan: of_weights[plan] + of_input[plan] for plan in of_weights.keys() & of_input.keys()}
+    cost[Plan.RANK] = rank
+    return cost
 
 
 @lru_cache(maxsize=4096)
 def phm_linear_factored_grad(rows: int, n: int, P: int, Q: int, p: int, q: int, R: int, bfloat16: bool = False) -> Plan:
     """RANK, or STREAM or PANEL for the gradient of A = sum_r U_r (x) V_r (x) W_r, from which dU, dV and dW follow."""
-    entries = R * p * _padded(q)
-    rank = entries * (_RANK_SPLIT + 2 * _COMBINE + n * (_RANK_SPLIT_TERM + 2 * _COMBINE_TERM))
-    # F-hat x-hat for dV, its transpose for dx and dW, the outer products for dU and dF; x and grad are mixed for each.
-    rank += 3 * _products(rows, p, q, R, bfloat16) + 3 * rows * R * (_padded(q) * Q + _padded(p) * P) * _ADD
-    of_weights = _weight_grad_costs(rows, n, P, Q, p, q)
-    of_input = _linear_costs(rows, n, Q, P, q, p, False, bfloat16)
-    cost = {plan: of_weights[plan] + of_input[plan] for plan in of_weights.keys() & of_input.keys()}
-    cost[Plan.RANK] = rank
+    cost = _linear_factored_grad_costs(rows, n, P, Q, p, q, R, bfloat16)
     return min(cost, key=cost.__getitem__)
 
 
@@ -182,15 +204,67 @@ def _conv_costs(pixels: int, outputs: int, n: int, P: int, Q: int, p: int, q: in
 
 
 @lru_cache(maxsize=4096)
-def phc_conv(pixels: int, outputs: int, n: int, P: int, Q: int, p: int, q: int, taps: int) -> Plan:
-    """The plan of one convolution: ``pixels`` positions to mix, ``outputs`` positions that meet every weight."""
+def phc_conv(
+    pixels: int,
+    outputs: int,
+    n: int,
+    P: int,
+    Q: int,
+    p: int,
+    q: int,
+    taps: int,
+    bfloat16: bool = False,
+    pointwise: tuple[bool, int] | None = None,
+) -> Plan:
+    """The plan of one convolution: ``pixels`` positions to mix, ``outputs`` positions that meet every weight.
+
+    ``pointwise``, of a kernel of one position without padding: whether F is contiguous along q, and the entries of the
+    images that are copied between planes and rows.
+    """
     costs = _conv_costs(pixels, outputs, n, P, Q, p, q, taps)
-    return Plan.MIX if costs[Plan.MIX] < costs[Plan.PANEL] else Plan.PANEL
+    if pointwise:
+        contiguous, copied = pointwise
+        linear = _linear_costs(outputs, n, P, Q, p, q, contiguous, bfloat16)
+        costs[Plan.POINTWISE] = min(linear.values())
+        costs = {plan: cost + copied * _TURN_IMAGE for plan, cost in costs.items()}
+    return min(costs, key=costs.__getitem__)
 
 
 def _narrow(p: int, q: int) -> float:
     """What a multiplication of a convolution of q to p channels costs, relative to one of many channels."""
     return 1 + 8 / min(p, q)
+
+
+def _conv_factored_costs(
+    pixels: int,
+    outputs: int,
+    n: int,
+    P: int,
+    Q: int,
+    p: int,
+    q: int,
+    taps: int,
+    R: int,
+    bfloat16: bool,
+    row: tuple[int, int] | None,
+    pointwise: tuple[bool, int] | None,
+) -> dict[Plan, float]:
+    product, weights = outputs * p * q * taps, p * q * taps
+    added = (R + Q) * pixels * q + (R + P) * outputs * p
+    cost = {Plan.RANK: R * (product * _CONV_PRODUCT * _narrow(p, q) + weights * _TERM_FORM + _TERM_CALL)}
+    cost[Plan.RANK] += added * (_TERM_ADD_BFLOAT16 if bfloat16 else _TERM_ADD)
+    stride, width = row or (0, 1)
+    if stride in _DIRECT_STRIDES and q * stride <= _DIRECT_LANES:
+        idle = max(1.0, _DIRECT_PIXELS / width)
+        cost[Plan.DIRECT] = R * (outputs * _padded(p) * q * taps * idle * _DIRECT_PRODUCT + weights * _DIRECT_FORM)
+        cost[Plan.DIRECT] += added * (_DIRECT_ADD_BFLOAT16 if bfloat16 else _DIRECT_ADD)
+    dense = _conv_costs(pixels, outputs, n, P, Q, p, q, taps)
+    contiguous, copied = pointwise or (False, 0)
+    cost |= {plan: of_plan * _narrow(P * p, Q * q) + copied * _TURN_IMAGE for plan, of_plan in dense.items()}
+    if pointwise:
+        linear = _linear_factored_costs(outputs, n, P, Q, p, q, R, contiguous, True, bfloat16)
+        cost[Plan.POINTWISE] = min(linear.values()) + copied * _TURN_IMAGE
+    return cost
 
 
 @lru_cache(maxsize=4096)
@@ -206,36 +280,50 @@ def phc_conv_factored(
     R: int,
     bfloat16: bool,
     row: tuple[int, int] | None = None,
+    pointwise: tuple[bool, int] | None = None,
 ) -> Plan:
-    """The plan of one factored convolution of R terms; see phc_conv.
+    """The plan of one factored convolution of R terms, or of its input's gradient; see phc_conv.
 
-    ``row``: stride along the last dimension and size of the result there, or None in three dimensions, which the
-    direct kernel does not know.
+    ``row``: stride along the last dimension and size of the result there, or None where the direct kernel does not
+    serve: in three dimensions, and for the input's gradient of a stride.
     """
-    product, weights = outputs * p * q * taps, p * q * taps
-    added = (R + Q) * pixels * q + (R + P) * outputs * p
-    cost = {Plan.RANK: R * (product * _CONV_PRODUCT * _narrow(p, q) + weights * _TERM_FORM + _TERM_CALL)}
-    cost[Plan.RANK] += added * (_TERM_ADD_BFLOAT16 if bfloat16 else _TERM_ADD)
-    stride, width = row or (0, 1)
-    if stride in _DIRECT_STRIDES and q * stride <= _DIRECT_LANES:
-        idle = max(1.0, _DIRECT_PIXELS / width)
-        cost[Plan.DIRECT] = R * (outputs * _padded(p) * q * taps * idle * _DIRECT_PRODUCT + weights * _DIRECT_FORM)
-        cost[Plan.DIRECT] += added * (_DIRECT_ADD_BFLOAT16 if bfloat16 else _DIRECT_ADD)
-    dense = _conv_costs(pixels, outputs, n, P, Q, p, q, taps)
-    cost |= {plan: of_plan * _narrow(P * p, Q * q) for plan, of_plan in dense.items()}
+    cost = _conv_factored_costs(pixels, outputs, n, P, Q, p, q, taps, R, bfloat16, row, pointwise)
     return min(cost, key=cost.__getitem__)
 
 
 @lru_cache(maxsize=4096)
 def phc_conv_factored_grad(
-    pixels: int, outputs: int, n: int, P: int, Q: int, p: int, q: int, taps: int, R: int, bfloat16: bool
+    pixels: int,
+    outputs: int,
+    n: int,
+    P: int,
+    Q: int,
+    p: int,
+    q: int,
+    taps: int,
+    R: int,
+    bfloat16: bool,
+    row: tuple[int, int] | None = None,
+    pointwise: tuple[bool, int] | None = None,
 ) -> Plan:
-    """RANK, or the plan of phc_conv for the input's gradient beside that of A = sum_r U_r (x) V_r (x) W_r."""
-    add = _TERM_ADD_BFLOAT16 if bfloat16 else _TERM_ADD
-    product = outputs * p * q * taps * _CONV_PRODUCT * _narrow(p, q)
-    # Before the convolutions, and for dV and dW; for dx.
-    additions = 2 * (R + Q) * pixels * q * add + 2 * (R + P) * outputs * p * add + (R + Q) * pixels * q * add
-    rank = R * ((2 + _CONV_WEIGHT_GRAD) * product + 3 * p * q * taps * _TERM_FORM + 3 * _TERM_CALL) + additions
-    costs = _conv_costs(pixels, outputs, n, P, Q, p, q, taps)
-    dense = (min(costs.values()) + costs[Plan.PANEL]) * _narrow(P * p, Q * q)
-    return Plan.RANK if rank < dense else phc_conv(outputs, outputs, n, Q, P, q, p, taps)
+    """RANK or POINTWISE for all gradients, or PANEL for those of the weights, through that of H.
+
+    By PANEL the input's gradient has a plan of its own; ``row`` and ``pointwise`` are those of that plan.
+    """
+    of_input = _conv_factored_costs(outputs, outputs, n, Q, P, q, p, taps, R, bfloat16, row, pointwise)
+    of_weights = P * p * Q * q * taps * (_CONV_GRAD_FORM + outputs * _CONV_GRAD_PRODUCT)
+    of_weights += (pixels * Q * q + outputs * P * p) * _CONV_GRAD_READ
+    cost = {Plan.PANEL: min(of_input.values()) + of_weights}
+    if pointwise:
+        # R convolutions of one position by torch are never faster. The input is copied as well.
+        copied = pointwise[1] + outputs * Q * q if pointwise[1] else 0
+        linear = _linear_factored_grad_costs(outputs, n, P, Q, p, q, R, bfloat16)
+        cost[Plan.POINTWISE] = min(linear.values()) + copied * _TURN_IMAGE
+    else:
+        add = _TERM_ADD_BFLOAT16 if bfloat16 else _TERM_ADD
+        product = outputs * p * q * taps * _CONV_PRODUCT * _narrow(p, q)
+        # Before the convolutions, and for dV and dW; for dx.
+        additions = 2 * (R + Q) * pixels * q * add + 2 * (R + P) * outputs * p * add + (R + Q) * pixels * q * add
+        products = (2 + _CONV_WEIGHT_GRAD) * product + 3 * p * q * taps * _TERM_FORM + 3 * _TERM_CALL
+        cost[Plan.RANK] = R * products + additions
+    return min(cost, key=cost.__getitem__)

@@ -161,6 +161,28 @@ def test_blocks_follow_their_formulas(make, convs):
         torch.testing.assert_close(block(x), expected)
 
 
+@pytest.mark.parametrize("init", ["standard", "phydi"])
+def test_hooks_on_a_branch_see_its_values(init):
+    """A block keeps its branch's result as it is, and full backward hooks forbid changing it."""
+    torch.manual_seed(0)
+    block = phresnet18(2, init=init, width=4).eval().layer2[0]
+    if init == "phydi":
+        nn.init.constant_(block.alpha, 0.75)
+    x = torch.randn(3, 4, 6, 6, requires_grad=True)
+    results: list[torch.Tensor] = []
+    gradients: list[torch.Tensor] = []
+    block.branch.register_forward_hook(lambda module, args, y: results.append(y))
+    block.branch.register_full_backward_hook(lambda module, d_x, d_y: gradients.append(d_y[0]))
+    y = block(x)
+    expected = manual_branch(block.branch, x, 2).detach()
+    assert (expected < 0).any()
+    torch.testing.assert_close(results[0].detach(), expected)
+    d_y = torch.randn_like(y)
+    y.backward(d_y)
+    factor = block.shortcut(x) + expected > 0 if init == "standard" else 0.75 * (expected > 0)
+    assert torch.equal(gradients[0], d_y * factor)
+
+
 @pytest.mark.parametrize("make", [phresnet18, phresnet50])
 def test_phydi_blocks_are_their_shortcuts_at_the_start(make):
     model = make(4, init="phydi", width=8)

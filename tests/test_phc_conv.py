@@ -10,6 +10,7 @@ from op_checks import OpChecks, double, draw
 
 from phydi_kernels import functional, plans
 from phydi_kernels.kernels import phc_conv
+from phydi_kernels.ops.phc_conv import pointwise_sizes
 
 
 class TestPHCConv1d(OpChecks):
@@ -48,20 +49,45 @@ def test_padding_by_name(d, padding, dilation, device):
 
 
 @pytest.mark.usefixtures("library")
-@pytest.mark.parametrize("plan", (plans.Plan.MIX, plans.Plan.PANEL), ids=lambda plan: plan.name)
+@pytest.mark.parametrize("plan", (plans.Plan.MIX, plans.Plan.PANEL, plans.Plan.POINTWISE), ids=lambda plan: plan.name)
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 @pytest.mark.parametrize("name", ("phc_conv1d", "phc_conv2d", "phc_conv3d"))
 def test_every_plan(name, dtype, plan, monkeypatch):
-    """Every plan serves every shape, also where the cost model would not choose it."""
+    """Every plan serves every shape, also where the cost model would not choose it; but pointwise one position."""
     monkeypatch.setattr(plans, "phc_conv", lambda *sizes: plan)
     case = CASES[name]
     for problem in case.problems:
+        if plan is plans.Plan.POINTWISE and (set(problem.shapes["F"][3:]) != {1} or problem.options.get("padding")):
+            continue
         for layout in (torch.Tensor.contiguous, *case.layouts.values()):
             tensors = {key: layout(t) for key, t in draw(problem, ternary, dtype).items()}
             grad = layout(ternary(problem.shapes["residual"], 99).to(dtype))
             actual = evaluate(case.op, tensors, problem.options, case.differentiable, grad)
             expected = evaluate(case.dense, double(tensors), problem.options, case.differentiable, grad.double())
             assert_exact(actual, expected, dtype)
+
+
+@pytest.mark.parametrize("d", (1, 2, 3))
+def test_convolution_without_onednn(d, monkeypatch):
+    shapes = ((2, 3, *(7,) * d), (5, 3, *(2,) * d), (5,))
+    tensors = [ternary(shape, seed) for seed, shape in enumerate(shapes)]
+    geometry = ([2] * d, [1] * d, [2] * d)
+    expected = getattr(torch.nn.functional, f"conv{d}d")(*tensors, *geometry)
+    for enabled in (False, True):
+        monkeypatch.setattr(torch.backends.mkldnn, "enabled", enabled)
+        assert torch.equal(phc_conv.convolution(*(t.float() for t in tensors), *geometry).double(), expected)
+
+
+@pytest.mark.usefixtures("library")
+def test_an_image_of_one_pixel_is_a_row_as_it_lies():
+    x, F = ternary((3, 6, 1, 1), 0).float(), ternary((2, 2, 3, 1, 1), 1).float()
+    stride = [1, 1]
+    y = phc_conv.pointwise(x, x.shape, lambda rows, residual: rows, stride, stride)
+    assert y.shape == x.shape
+    assert y.data_ptr() == x.data_ptr()
+    assert phc_conv.image_of_rows(x.view(3, 1, 6), x.shape, stride, torch.contiguous_format).data_ptr() == x.data_ptr()
+    assert pointwise_sizes(x, F, [0, 0], 99) == (True, 0)
+    assert pointwise_sizes(x.expand(3, 6, 2, 1).contiguous(), F, [0, 0], 99) == (True, 99)
 
 
 @pytest.mark.parametrize("count", (1, 3, 8))

@@ -12,21 +12,27 @@ from op_checks import STRUCTURES, FactoredChecks, absolute, decomposed, double
 from op_checks import draw as draw_problem
 
 from phydi_kernels import functional, plans, reference
-from phydi_kernels.kernels import phc_conv_factored
+from phydi_kernels.kernels import phc_conv
 from phydi_kernels.plans import Plan
 
 FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
-PLANS = (Plan.RANK, Plan.DIRECT, Plan.MIX, Plan.PANEL)
+PLANS = (Plan.RANK, Plan.DIRECT, Plan.MIX, Plan.PANEL, Plan.POINTWISE)
 
 # dimensions: (spatial size, kernel, (R, n, P, Q, p, q), stride, padding, dilation)
 PROBLEMS = {
     "1d": ((19,), (3,), (3, 2, 3, 2, 5, 3), (2,), (1,), (2,)),
+    "1d_pointwise": ((11,), (1,), (3, 2, 3, 2, 5, 3), (2,), (0,), (1,)),
     "1d_long": ((2999,), (5,), (5, 2, 2, 3, 18, 20), (1,), (2,), (1,)),
     "2d": ((7, 19), (3, 2), (4, 3, 2, 5, 18, 17), (1, 2), (1, 0), (2, 1)),
     "2d_pointwise": ((9, 8), (1, 1), (9, 4, 9, 1, 3, 33), (1, 1), (0, 0), (1, 1)),
+    "2d_pointwise_strided": ((7, 8), (1, 1), (5, 3, 2, 3, 18, 17), (3, 2), (0, 0), (1, 2)),
+    "2d_pointwise_padded": ((5, 6), (1, 1), (5, 3, 2, 3, 5, 7), (1, 1), (1, 2), (1, 1)),
+    "2d_pixel": ((1, 1), (1, 1), (3, 2, 2, 3, 5, 7), (1, 1), (0, 0), (1, 1)),
+    "2d_pixel_of_six": ((3, 2), (1, 1), (3, 2, 2, 3, 5, 7), (3, 2), (0, 0), (1, 1)),
     "2d_bands": ((40, 37), (3, 3), (5, 3, 2, 3, 33, 20), (1, 1), (1, 1), (1, 1)),
     "2d_border": ((3, 5), (2, 3), (3, 2, 2, 2, 17, 16), (3, 4), (7, 9), (2, 3)),
     "2d_wide_blocks": ((5, 30), (3, 1), (3, 2, 2, 2, 3, 128), (2, 1), (1, 0), (1, 1)),
+    "3d_pointwise": ((3, 5, 2), (1, 1, 1), (3, 2, 2, 2, 4, 3), (1, 2, 1), (0, 0, 0), (1, 1, 1)),
     "3d": ((4, 5, 3), (2, 3, 1), (3, 2, 2, 2, 4, 3), (1, 2, 1), (1, 0, 0), (1, 1, 1)),
 }
 
@@ -113,16 +119,32 @@ def specified(d):
 
 
 def force(monkeypatch, plan):
-    for name in ("phc_conv_factored", "phc_conv_factored_grad"):
-        monkeypatch.setattr(plans, name, lambda *sizes: plan)
+    """The plan in every operator that knows it for the sizes at hand."""
+
+    def known(*sizes):
+        *_, row, pointwise = sizes
+        needed = {Plan.DIRECT: row, Plan.POINTWISE: pointwise}
+        return needed.get(plan, True) is not None
+
+    monkeypatch.setattr(plans, "phc_conv_factored", lambda *sizes: plan if known(*sizes) else Plan.RANK)
+    of_all = plan in (Plan.RANK, Plan.POINTWISE)  # RANK of a pointwise convolution as well, which no plan chooses
+    monkeypatch.setattr(
+        plans, "phc_conv_factored_grad", lambda *sizes: plan if of_all and known(*sizes) else Plan.PANEL
+    )
 
 
-# The direct kernel has no third dimension, and the plans do not choose it there.
+def serves(plan, problem):
+    spatial, kernel, _, _, padding, _ = problem
+    if plan is Plan.POINTWISE:
+        return set(kernel) == {1} and set(padding) == {0}
+    return plan is not Plan.DIRECT or len(spatial) < 3
+
+
 PLANS_OF_PROBLEMS = [
     pytest.param(problem, plan, id=f"{name}-{plan.name}")
     for name, problem in PROBLEMS.items()
     for plan in PLANS
-    if plan is not Plan.DIRECT or len(problem[0]) < 3
+    if serves(plan, problem)
 ]
 
 
@@ -130,7 +152,10 @@ PLANS_OF_PROBLEMS = [
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 @pytest.mark.parametrize(("problem", "plan"), PLANS_OF_PROBLEMS)
 def test_every_plan(problem, dtype, plan, monkeypatch):
-    """Every plan serves every shape, also where the cost model would not choose it; direct has no third dimension."""
+    """Every plan serves every shape, also where the cost model would not choose it.
+
+    But direct has no third dimension, and pointwise one position.
+    """
     force(monkeypatch, plan)
     differentiable = ["x", "V", "W", "F", "bias", "residual"]
     for layout, with_U, alphas in itertools.product(LAYOUTS.values(), (False, True), (1, None)):
@@ -149,22 +174,23 @@ def test_every_plan(problem, dtype, plan, monkeypatch):
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
 @pytest.mark.parametrize("images", (0, 1, 5))
 @pytest.mark.parametrize("block_bytes", (1, 100_000))
-def test_blocks_of_images(images, block_bytes, layout, monkeypatch):
+@pytest.mark.parametrize(("name", "plan"), (("2d", Plan.RANK), ("2d_pointwise", Plan.POINTWISE)))
+def test_blocks_of_images(name, plan, images, block_bytes, layout, monkeypatch):
     """Images one at a time, in unequal blocks and all at once give the same, gradients included; so do no images."""
-    force(monkeypatch, Plan.RANK)
-    problem = PROBLEMS["2d"]
+    force(monkeypatch, plan)
+    problem = PROBLEMS[name]
     tensors, options, grad = draw(problem, images, torch.float32, ternary, True, 1)
     tensors["x"] = layout(tensors["x"])
     wanted = ["x", "U", "V", "W", "F"]
     expected = evaluate(call(problem, specified), {k: t.double() for k, t in tensors.items()}, options, wanted, grad)
-    monkeypatch.setattr(phc_conv_factored, "_BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(phc_conv, "_BLOCK_BYTES", block_bytes)
     assert_exact(evaluate(call(problem, compiled), tensors, options, wanted, grad), expected, torch.float32)
 
 
 @pytest.mark.parametrize("count", (1, 2, 7, 50))
 @pytest.mark.parametrize("image_bytes", (1, 1 << 20, 3 << 20, 40 << 20))
 def test_images_of_a_block_fit_the_budget(count, image_bytes):
-    blocks = list(phc_conv_factored._images(count, image_bytes))
+    blocks = list(phc_conv.images(count, image_bytes))
     assert [i for block in blocks for i in range(count)[block]] == list(range(count))
     assert all((block.stop - block.start) * image_bytes <= max(8 << 20, image_bytes) for block in blocks)
 
@@ -201,7 +227,7 @@ def test_threads_change_nothing(layout, threads, monkeypatch):
     force(monkeypatch, Plan.RANK)
     problem = PROBLEMS["2d"]
     tensors, _, grad = draw(problem, 4, torch.float64, normal, True, 1)
-    image = phc_conv_factored.as_image(layout(tensors["x"]).contiguous(), True)
+    image = phc_conv.as_image(layout(tensors["x"]).contiguous(), True)
     parts = [normal((4, image.shape[2], 17), seed) for seed in range(4)]
     results = []
     for count in (1, 2, 3):
@@ -276,6 +302,34 @@ def test_wide_layers_take_the_fast_algorithm(channels, size, bfloat16):
     assert plans.phc_conv_factored(pixels, pixels, 4, 4, 4, p, p, 9, 7, bfloat16, (1, size)) in FEW_PRODUCTS
     if channels > 64:
         assert plans.phc_conv_factored(pixels, pixels, 4, 4, 4, p, p, 9, 7, bfloat16) is Plan.RANK
+
+
+@pytest.mark.parametrize("channels", (512, 1024, 2048))
+def test_wide_pointwise_layers_multiply_pixels_as_they_lie(channels):
+    """A channels_last image of enough channels; planes are copied, which pays only for more."""
+    p, q, pixels = channels // 4, channels // 16, 2048
+    assert plans.phc_conv_factored(pixels, pixels, 4, 4, 4, p, q, 1, 7, False, (1, 8), (True, 0)) is Plan.POINTWISE
+    assert plans.phc_conv_factored(pixels, pixels, 4, 4, 4, p, q, 1, 7, False, (1, 8), None) is not Plan.POINTWISE
+
+
+def test_torch_copies_planes_as_well():
+    """The direct kernel, which does not, serves planes where a channels_last image goes to torch."""
+    p, q, pixels = 16, 64, 32768
+    for copied, plan in ((0, Plan.PANEL), (pixels * 4 * (p + q), Plan.DIRECT)):
+        sizes = (pixels, pixels, 4, 4, 4, p, q, 1, 7, False, (1, 32), (True, copied))
+        assert plans.phc_conv_factored(*sizes) is plan
+
+
+def test_wide_weights_of_few_pixels_have_gradients_of_few_products():
+    """The gradient of H costs its entries, whatever the number of pixels."""
+    for pixels, p, q, plan in (
+        (512, 512, 128, Plan.POINTWISE),
+        (8192, 128, 32, Plan.PANEL),
+        (8192, 16, 64, Plan.POINTWISE),  # as the linear layer of so few features, through the gradient of H
+    ):
+        assert plans.phc_conv_factored_grad(pixels, pixels, 4, 4, 4, p, q, 1, 7, False, None, (True, 0)) is plan
+    for pixels, p, plan in ((512, 128, Plan.RANK), (8192, 32, Plan.PANEL)):
+        assert plans.phc_conv_factored_grad(pixels, pixels, 4, 4, 4, p, p, 9, 7, False, (1, 8)) is plan
 
 
 @pytest.mark.parametrize("bfloat16", (False, True))

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import DTYPES, LAYOUTS, assert_exact, dtype_id, evaluate, normal, ternary
-from op_cases import CASES, FACTORED_PROBLEMS, linear
+from op_cases import CASES, FACTORED_PROBLEMS, factored, linear
 from op_checks import ALGEBRA, STRUCTURES, FactoredChecks, absolute, decomposed, double, draw, force_plan
 
 from phydi_kernels import functional
@@ -107,6 +107,18 @@ def test_every_plan_takes_every_layout(problem, plan, layout, monkeypatch):
         grad = layout(ternary(problem.shapes["residual"], 99).to(dtype))
         expected = evaluate(CASE.dense, double(tensors), {}, TestPlans.wanted, grad.double())
         assert_exact(_run(tensors, {}, grad, TestPlans.wanted), expected, dtype)
+
+
+@pytest.mark.usefixtures("library")
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=dtype_id)
+@pytest.mark.parametrize("rows", (255, 256, 257, 511, 512, 513, 769, 1025))
+def test_gradients_beside_whole_blocks_of_rows(rows, dtype, monkeypatch):
+    """The gradients of weights add up blocks of 256 rows, in bfloat16 of 512, in pairs."""
+    force_plan(monkeypatch, Plan.RANK)
+    tensors = draw(factored(linear((rows,), 2, 3, 2, 5, 3), 4), ternary, dtype, alpha=2.0)
+    grad = ternary((rows, 15), 99).to(dtype)
+    expected = evaluate(CASE.dense, double(tensors), {}, TestPlans.wanted, grad.double())
+    assert_exact(_run(tensors, {}, grad, TestPlans.wanted), expected, dtype)
 
 
 @pytest.mark.usefixtures("library")

@@ -8,26 +8,25 @@ namespace {
 
 // G (rows, columns) = sum_b row_entries(b)^T column_entries(b), from functions (b, first, count, to) that write entries
 // [first, first + count) of a batch row. G has room for round_up(rows, kTileRows) rows of `stride`, a whole number of
-// strips; `packed_columns` for that stride times kDepth.
+// strips; `packed_columns` for that stride times kDepth. `first`: G is written, not added to.
 template <class In, class RowEntries, class ColumnEntries>
 void outer_product(int64_t batch, int64_t rows, int64_t columns, const RowEntries& row_entries,
                    const ColumnEntries& column_entries, const Scratch<Compute<In>>& packed_columns, Compute<In>* G,
-                   int64_t stride, const Threads& threads) {
+                   int64_t stride, bool first, const Threads& threads) {
   using T = Compute<In>;
   constexpr int64_t per = kPerLane<In>, vector = kLanes<T>;
   // As many blocks of rows for each thread as for the others.
   const int64_t shares = ceil_div(ceil_div(rows, kBlockRows), threads.count) * threads.count;
   const int64_t block_rows = round_up(ceil_div(rows, shares), kTileRows), blocks = ceil_div(rows, block_rows);
   const int64_t workers = std::min(blocks, threads.count), strips = ceil_div(columns, kStrip<T>);
-  if (batch == 0) std::fill(G, G + rows * stride, T(0));
+  if (first && batch == 0) std::fill(G, G + rows * stride, T(0));
   for (int64_t b = 0; b < batch; b += per * kDepth<T>) {
     const int64_t steps = std::min<int64_t>(per * kDepth<T>, batch - b), lanes = ceil_div(steps, per);
     // The lines of a lane, one batch row or two, and its vector from entry `at` on.
-    const auto fill_lines = [&](const auto& entries, int64_t lane, int64_t first, int64_t count, int64_t size,
-                                T* line) {
+    const auto fill_lines = [&](const auto& entries, int64_t lane, int64_t from, int64_t count, int64_t size, T* line) {
       for (int64_t h = 0; h < per; ++h) {
         const int64_t written = lane * per + h < steps ? count : 0;
-        if (written) entries(b + lane * per + h, first, count, line + h * size);
+        if (written) entries(b + lane * per + h, from, count, line + h * size);
         std::fill(line + h * size + written, line + (h + 1) * size, T(0));
       }
     };
@@ -66,9 +65,9 @@ void outer_product(int64_t batch, int64_t rows, int64_t columns, const RowEntrie
         for (int64_t strip = 0; strip < strips; ++strip) {
           const int64_t column = strip * kStrip<T>;
           for (int64_t m = 0; m < count; m += kTileRows)
-            tile<In, 1, kTileRows>(kTileRows, columns - column)(lanes, packed_rows.get() + m / kTileRows * tile_size,
-                                                                packed_columns.get() + strip * lanes * kStrip<T>,
-                                                                b == 0, G + (row + m) * stride + column, stride);
+            tile<In, 1, kTileRows>(kTileRows, columns - column)(
+                lanes, packed_rows.get() + m / kTileRows * tile_size, packed_columns.get() + strip * lanes * kStrip<T>,
+                first && b == 0, G + (row + m) * stride + column, stride);
         }
       }
     });

@@ -439,21 +439,25 @@ void weights_grad(int64_t batch, Rows grad, Rows x, const Factors& f, const Weig
   const Scratch<T> G(R * rows * stride), scratch(stride * kDepth<T>);
   for (int64_t s = 0; s < q; s += width) {
     const int64_t columns = std::min(width, q - s);
-    for (int64_t r = 0; r < R; ++r) {
-      const auto mixed = [r](Rows from, int64_t b, int64_t at, int64_t size, int64_t blocks, const T* weight,
-                             int64_t count, T* to) {
-        const In* row = static_cast<const In*>(from.data) + b * from.stride + at;
-        // The pieces of the next rows: too short for the processor to foresee.
-        for (int64_t l = 0; l < blocks; ++l)
-          for (int64_t j = 0; j < count; j += 64 / int64_t(sizeof(In)))
-            __builtin_prefetch(row + 2 * from.stride + l * size + j);
-        combine(row, size, weight + r * blocks, 1, blocks, to, count);
-      };
-      outer_product<In>(
-          batch, p, columns,
-          [&](int64_t b, int64_t first, int64_t count, T* to) { mixed(grad, b, first, p, f.P, V, count, to); },
-          [&](int64_t b, int64_t, int64_t count, T* to) { mixed(x, b, s, q, f.Q, W, count, to); }, scratch,
-          G.get() + r * rows * stride, stride, threads);
+    // Some rows of the batch for all ranks, so that they are mixed R times in cache.
+    constexpr int64_t block = kPerLane<In> * kDepth<T>;
+    for (int64_t b = 0; b == 0 || b < batch; b += block) {
+      for (int64_t r = 0; r < R; ++r) {
+        const auto mixed = [b, r](Rows from, int64_t row_of_block, int64_t at, int64_t size, int64_t blocks,
+                                  const T* weight, int64_t count, T* to) {
+          const In* row = static_cast<const In*>(from.data) + (b + row_of_block) * from.stride + at;
+          // The pieces of the next rows: too short for the processor to foresee.
+          for (int64_t l = 0; l < blocks; ++l)
+            for (int64_t j = 0; j < count; j += 64 / int64_t(sizeof(In)))
+              __builtin_prefetch(row + 2 * from.stride + l * size + j);
+          combine(row, size, weight + r * blocks, 1, blocks, to, count);
+        };
+        outer_product<In>(
+            std::min(block, batch - b), p, columns,
+            [&](int64_t row, int64_t first, int64_t count, T* to) { mixed(grad, row, first, p, f.P, V, count, to); },
+            [&](int64_t row, int64_t, int64_t count, T* to) { mixed(x, row, s, q, f.Q, W, count, to); }, scratch,
+            G.get() + r * rows * stride, stride, b == 0, threads);
+      }
     }
     const Split<In, T, In> split{by_term,
                                  n,

@@ -84,7 +84,7 @@ void run(Plan plan, int64_t batch, Rows grad, Rows x, const Algebra& algebra, co
     const auto columns_of_x = [&](int64_t b, int64_t, int64_t, T* to) {
       for (int64_t l = 0; l < Q; ++l) copy_row(xs + b * x.stride + l * q + s, to + l * some, some);
     };
-    outer_product<In>(batch, rows, columns, rows_of_grad, columns_of_x, scratch, G.get(), stride, threads);
+    outer_product<In>(batch, rows, columns, rows_of_grad, columns_of_x, scratch, G.get(), stride, true, threads);
     const Split<In, T, In> split{A,
                                  n,
                                  P,

@@ -4,6 +4,9 @@
   one convolution with each. A panel costs n multiplications an entry, the convolution batch * pixels.
 * mix: sum_l A[i,k,l] x_l for each term and output block, then one convolution of P times the batch with F itself.
   No part of H exists; worth it where the weights outweigh the activations.
+* pointwise: a kernel of one position is a linear layer whose rows are the pixels. The linear kernels multiply. The
+  pixels of a channels_last image are taken as they lie, but with a stride copied whole. Those of planes are copied some
+  images at a time, but whole (x, grad and dx) where all gradients are computed at once.
 
 float16 is computed in float32; bfloat16 goes to torch's convolution as it is (float32 accumulation).
 """
@@ -11,7 +14,7 @@ float16 is computed in float32; bfloat16 goes to torch's convolution as it is (f
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +24,9 @@ from ..plans import Plan
 from ..reference import compute_dtype
 
 _PANEL_BYTES = 4 << 20
+# One core's share of an L3 cache: scratch memory for some images at a time. Smaller blocks pay more for calls than they
+# save.
+_BLOCK_BYTES = 8 << 20
 _ops = torch.ops.phydi_cpu
 
 
@@ -38,9 +44,28 @@ def to_work_dtype(*tensors: Tensor | None) -> list[Any]:
     return [t.float() if t is not None and t.dtype == torch.float16 else t for t in tensors]
 
 
+def planar(sizes: Sequence[int], fill: int) -> list[int]:
+    """One spatial dimension as two: one alone has no channels_last format."""
+    return [fill, *sizes] if len(sizes) == 1 else list(sizes)
+
+
+def planar_geometry(
+    stride: list[int], padding: list[int], dilation: list[int]
+) -> tuple[list[int], list[int], list[int]]:
+    return planar(stride, 1), planar(padding, 0), planar(dilation, 1)
+
+
 def convolution(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int], padding: list[int], dilation: list[int]
 ) -> Tensor:
+    mkldnn = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+    if mkldnn and x.dtype == torch.float32:
+        # aten.convolution takes another, slower way for few images; but it copies a strided bias, misread here.
+        bias = None if bias is None else bias.contiguous()
+        stride, padding, dilation = planar_geometry(stride, padding, dilation)
+        image, weights = (t.unsqueeze(2) if t.dim() == 3 else t for t in (x, weight))
+        y = torch.ops.aten.mkldnn_convolution.default(image, weights, bias, padding, stride, dilation, 1)
+        return y.squeeze(2) if x.dim() == 3 else y
     return torch.ops.aten.convolution(x, weight, bias, stride, padding, dilation, False, [0] * len(stride), 1)
 
 
@@ -77,6 +102,87 @@ def as_image(t: Tensor, planes: bool) -> Tensor:
     B, channels, *spatial = t.shape
     pixels = math.prod(spatial)
     return t.view(B, channels, pixels) if planes else t.movedim(1, -1).view(B, pixels, channels)
+
+
+def images(count: int, image_bytes: int) -> Iterator[slice]:
+    """Ranges of images, of about the same length, with ``image_bytes`` of scratch memory for each image."""
+    most = max(1, _BLOCK_BYTES // max(1, image_bytes))
+    step = max(1, -(-count // max(1, -(-count // most))))
+    for first in range(0, count, step):
+        yield slice(first, first + step)
+
+
+def _every(t: Tensor, stride: Sequence[int]) -> Tensor:
+    """The pixels that a pointwise convolution reads."""
+    every: tuple[Any, ...] = (..., *(slice(None, None, step) for step in stride))
+    return t if max(stride) == 1 else t[every]
+
+
+def pointwise_rows(t: Tensor, stride: Sequence[int]) -> Tensor:
+    """Every ``stride``-th pixel of (B, channels, *spatial), as (B, pixels, channels)."""
+    planes = memory_format(t) is torch.contiguous_format
+    t = _every(t, stride)
+    B, channels, *spatial = t.shape
+    rows = t.movedim(1, -1)
+    if planes and not rows.is_contiguous():
+        one = t.new_ones((1, 1), dtype=compute_dtype(t.dtype))
+        return _ops.pre_add.default(as_image(t.contiguous(), planes), one, planes)[0]
+    return rows.reshape(B, math.prod(spatial), channels)
+
+
+def _put_rows(y: Tensor, rows: Tensor, stride: Sequence[int], planes: bool) -> None:
+    """Writes rows (B, pixels, channels) to every ``stride``-th pixel of y, of planes or channels_last."""
+    if planes and max(stride) == 1:
+        one = y.new_ones((1, 1), dtype=compute_dtype(y.dtype))
+        _ops.post_add_.default(as_image(y, planes), [rows], one, None, None, None, False, planes)
+    else:
+        to = _every(y, stride)
+        to.copy_(rows.view(len(to), *to.shape[2:], to.shape[1]).movedim(-1, 1))
+
+
+def _new_image(like: Tensor, shape: Sequence[int], stride: Sequence[int], fmt: torch.memory_format) -> Tensor:
+    """Zero between every ``stride``-th pixel."""
+    y = torch.empty(tuple(shape), dtype=like.dtype, device=like.device, memory_format=fmt)
+    return y if max(stride) == 1 else y.zero_()
+
+
+def image_of_rows(rows: Tensor, shape: Sequence[int], stride: Sequence[int], fmt: torch.memory_format) -> Tensor:
+    """(B, channels, *spatial) of ``shape`` with the rows (B, pixels, channels) at every ``stride``-th pixel, else 0."""
+    if math.prod(shape[2:]) == 1:
+        return rows.view(tuple(shape))
+    planes = fmt is torch.contiguous_format
+    if not planes and max(stride) == 1:
+        return rows.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
+    y = _new_image(rows, shape, stride, fmt)
+    _put_rows(y, rows, stride, planes)
+    return y
+
+
+def pointwise(
+    x: Tensor,
+    shape: Sequence[int],
+    linear: Callable[[Tensor, Tensor | None], Tensor],
+    x_stride: Sequence[int],
+    y_stride: Sequence[int],
+    residual: Tensor | None = None,
+) -> Tensor:
+    """``linear(rows, residual)`` of every ``x_stride``-th pixel of x, at every ``y_stride``-th of the result, else 0.
+
+    The result, of ``shape``, has the memory format of x.
+    """
+
+    def result(some: slice) -> Tensor:
+        rest = None if residual is None else pointwise_rows(residual[some], y_stride)
+        return linear(pointwise_rows(x[some], x_stride), rest)
+
+    fmt = memory_format(x)
+    if fmt is not torch.contiguous_format or math.prod(shape[2:]) == 1:
+        return image_of_rows(result(slice(None)), shape, y_stride, fmt)
+    y = _new_image(x, shape, y_stride, fmt)
+    image_entries = x[:1].numel() + y[:1].numel()
+    for some in images(len(x), image_entries * x.element_size()):
+        _put_rows(y[some], result(some), y_stride, planes=True)
+    return y
 
 
 def _join_batch(y: Tensor, blocks: int, fmt: torch.memory_format) -> Tensor:

@@ -5,7 +5,8 @@ With x-hat_r = sum_l W[r,l] x_l and F-hat_r = sum_i U[r,i] F_i, output block k i
 * rank: those R convolutions, on so many images at a time that X-hat and Y-hat stay in cache, in channels_last, torch's
   fastest format; the additions before and after them transpose where x is contiguous. The sum after them takes bias,
   activation, alpha and residual along and rounds once. The gradients are R convolutions each in the same way.
-* direct: the same in one kernel, band by band of the output, for blocks too narrow to fill torch's convolutions.
+* direct: the same in one kernel, band by band of the output, for blocks too narrow to fill torch's convolutions. The
+  input's gradient is the same with the filters reversed, where the stride is 1.
 * mix, panel: those of phc_conv with A[i,k,l] = sum_r U[r,i] V[r,k] W[r,l], where the additions would cost more.
 
 float16 is computed in float32. In bfloat16, x-hat and F-hat are rounded to bfloat16, and by the rank plan y-hat.
@@ -14,7 +15,7 @@ float16 is computed in float32. In bfloat16, x-hat and F-hat are rounded to bflo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -22,10 +23,18 @@ from torch import Tensor
 from ..plans import Plan
 from ..reference import compute_dtype, split_structure_grad, structure
 from . import phc_conv as dense
-from .phc_conv import as_image, convolution, convolution_backward, input_grad, memory_format, output_size, to_work_dtype
+from .phc_conv import (
+    as_image,
+    convolution,
+    convolution_backward,
+    input_grad,
+    memory_format,
+    output_size,
+    planar,
+    planar_geometry,
+    to_work_dtype,
+)
 
-# X-hat and Y-hat of one core's share of an L3 cache at a time: smaller blocks pay more for calls than they save.
-_BLOCK_BYTES = 8 << 20
 _ops = torch.ops.phydi_cpu
 
 
@@ -38,32 +47,15 @@ def _structure(dtype: torch.dtype, U: Tensor | None, V: Tensor, W: Tensor) -> Te
     return structure(None if U is None else _coefficients(dtype, U)[0], V, W)
 
 
-def _planar(sizes: Sequence[int], fill: int) -> list[int]:
-    """One spatial dimension as two: one alone has no channels_last format."""
-    return [fill, *sizes] if len(sizes) == 1 else list(sizes)
-
-
-def _geometry(stride: list[int], padding: list[int], dilation: list[int]) -> tuple[list[int], list[int], list[int]]:
-    return _planar(stride, 1), _planar(padding, 0), _planar(dilation, 1)
-
-
 def _from_rows(rows: Tensor, shape: Sequence[int]) -> tuple[Tensor, ...]:
     """(R, N, ..., c) of any inner shape as R channels_last tensors (N, c, *shape)."""
     R, N, *_, c = rows.shape
-    return rows.view(R, N, *_planar(shape, 1), c).movedim(-1, 2).unbind()
+    return rows.view(R, N, *planar(shape, 1), c).movedim(-1, 2).unbind()
 
 
 def _rows(t: Tensor) -> Tensor:
     """(N, c, *spatial) as contiguous (N, *spatial, c): a view if channels_last."""
     return t.movedim(1, -1).contiguous()
-
-
-def _convolve(x: Tensor, weight: Tensor, geometry: tuple[list[int], list[int], list[int]]) -> Tensor:
-    # torch takes another, slower way for float32 of few images; blocks of images are few.
-    if x.dtype == torch.float32 and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled:
-        stride, padding, dilation = geometry
-        return torch.ops.aten.mkldnn_convolution.default(x, weight, None, padding, stride, dilation, 1)
-    return convolution(x, weight, None, *geometry)
 
 
 def _combined(U: Tensor | None, F: Tensor) -> Tensor:
@@ -78,14 +70,6 @@ def _combined(U: Tensor | None, F: Tensor) -> Tensor:
 def _combined_weights(U: Tensor | None, F: Tensor) -> tuple[Tensor, ...]:
     """F-hat_r for each r: (p, q, *kernel), channels_last."""
     return _from_rows(_combined(U, F.movedim(2, -1).contiguous()), F.shape[3:])
-
-
-def _images(count: int, image_bytes: int) -> Iterator[slice]:
-    """Ranges of images, of about the same length, with ``image_bytes`` of scratch memory for each image."""
-    most = max(1, _BLOCK_BYTES // max(1, image_bytes))
-    step = max(1, -(-count // max(1, -(-count // most))))
-    for first in range(0, count, step):
-        yield slice(first, first + step)
 
 
 def _scratch_bytes(R: int, blocks: Sequence[tuple[int, Sequence[int]]], item_bytes: int) -> int:
@@ -119,7 +103,7 @@ def _in_terms(
     planes, x, before, after, residual, y = _operands(x, before, after, residual, shape)
     spatial, size = x.shape[2:], shape[2:]
     blocks = ((x.shape[1] // before.shape[1], spatial), (shape[1] // after.shape[1], size))
-    for images in _images(len(x), _scratch_bytes(len(before), blocks, x.element_size())):
+    for images in dense.images(len(x), _scratch_bytes(len(before), blocks, x.element_size())):
         mixed = _from_rows(_ops.pre_add.default(as_image(x[images], planes), before, planes), spatial)
         parts = [_rows(convolve(r, t)) for r, t in enumerate(mixed)]
         some = None if residual is None else as_image(residual[images], planes)
@@ -141,7 +125,7 @@ def _directly(
     activation: str,
 ) -> Tensor:
     planes, x, before, after, residual, y = _operands(x, W, V, residual, shape)
-    window = [*_planar(x.shape[2:], 1), *_planar(shape[2:], 1), *_planar(F_hat.shape[3:], 1), *sum(geometry, [])]
+    window = [*planar(x.shape[2:], 1), *planar(shape[2:], 1), *planar(F_hat.shape[3:], 1), *sum(geometry, [])]
     _ops.phc_conv_factored_.default(
         as_image(y, planes),
         as_image(x, planes),
@@ -178,7 +162,7 @@ def phc_conv_factored(
         return dense.phc_conv(x, A, F, bias, stride, padding, dilation, residual, alpha, activation, plan)
     dtype = x.dtype
     x, F, bias, residual, alpha = to_work_dtype(x, F, bias, residual, alpha)
-    geometry = _geometry(stride, padding, dilation)
+    geometry = planar_geometry(stride, padding, dilation)
     shape = [len(x), V.shape[1] * F.shape[1], *output_size(x.shape[2:], F.shape[3:], stride, padding, dilation)]
     if plan is Plan.DIRECT:
         F_hat = _combined(U, F.contiguous())
@@ -186,7 +170,7 @@ def phc_conv_factored(
     weights = _combined_weights(U, F)
 
     def convolve(r: int, t: Tensor) -> Tensor:
-        return _convolve(t, weights[r], geometry)
+        return convolution(t, weights[r], None, *geometry)
 
     return _in_terms(x, W, V, convolve, shape, bias, residual, alpha, activation).to(dtype)
 
@@ -203,14 +187,20 @@ def phc_conv_factored_input_grad(
     dilation: list[int],
     plan: Plan,
 ) -> Tensor:
-    if plan is not Plan.RANK:
+    if plan not in (Plan.RANK, Plan.DIRECT):
         A = _structure(grad.dtype, U, V, W)
         return dense.phc_conv_input_grad(grad, A, F, input_size, stride, padding, dilation, plan)
     dtype = grad.dtype
     grad, F = to_work_dtype(grad, F)
+    if plan is Plan.DIRECT:
+        reverse = F.transpose(1, 2).flip(list(range(3, F.dim())))
+        border = [e * (k - 1) - pad for k, pad, e in zip(F.shape[3:], padding, dilation, strict=True)]
+        geometry = planar_geometry(stride, border, dilation)
+        F_hat = _combined(U, reverse.contiguous())
+        return _directly(grad, V, W, F_hat, input_size, geometry, None, None, None, "none").to(dtype)
     weights = _combined_weights(U, F)
-    geometry = _geometry(stride, padding, dilation)
-    q, spatial = F.shape[2], _planar(input_size[2:], 1)
+    geometry = planar_geometry(stride, padding, dilation)
+    q, spatial = F.shape[2], planar(input_size[2:], 1)
 
     def convolve(r: int, t: Tensor) -> Tensor:
         return input_grad(t, weights[r], [len(t), q, *spatial], *geometry)
@@ -228,21 +218,13 @@ def phc_conv_factored_grad(
     stride: list[int],
     padding: list[int],
     dilation: list[int],
-    plan: Plan,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(dx, dU, dV, dW, dF), each in the type of its argument.
+    """(dx, dU, dV, dW, dF) by the rank plan, each in the type of its argument.
 
-    rank: with g-hat_r = sum_k V[r,k] g_k and t_r = F-hat_r^T g-hat_r, dx_l = sum_r W[r,l] t_r, dW[r,l] = <x_l, t_r>,
+    With g-hat_r = sum_k V[r,k] g_k and t_r = F-hat_r^T g-hat_r, dx_l = sum_r W[r,l] t_r, dW[r,l] = <x_l, t_r>,
     dV[r,k] = <g_k, y-hat_r>, and dU and dF follow from dF-hat_r, the gradient of <g-hat_r, y-hat_r>.
     """
     dtype = x.dtype
-    if plan is not Plan.RANK:
-        A = _structure(dtype, U, V, W)
-        dx = dense.phc_conv_input_grad(grad, A, F, list(x.shape), stride, padding, dilation, plan)
-        dA, dF = dense.phc_conv_weight_grad(grad, x, A, F, stride, padding, dilation)
-        matrices = split_structure_grad(dA, *_coefficients(dtype, U, V, W))
-        dU, dV, dW = (d.to(m.dtype) for d, m in zip(matrices, (U, V, W), strict=True))
-        return dx, dU, dV, dW, dF
     fmt = memory_format(x)
     planes = fmt is torch.contiguous_format
     x, grad, F = to_work_dtype(x.contiguous(memory_format=fmt), grad.contiguous(memory_format=fmt), F)
@@ -251,18 +233,18 @@ def phc_conv_factored_grad(
     n, p, q, *kernel = F.shape
     spatial, size = x.shape[2:], grad.shape[2:]
     weights = _combined_weights(U, F)
-    geometry = _geometry(stride, padding, dilation)
+    geometry = planar_geometry(stride, padding, dilation)
     dx = torch.empty_like(x)
     dV, dW = torch.zeros_like(v), torch.zeros_like(w)
     d_weights: list[Tensor] = []
-    for images in _images(len(x), _scratch_bytes(R, ((q, spatial), (p, size)), x.element_size())):
+    for images in dense.images(len(x), _scratch_bytes(R, ((q, spatial), (p, size)), x.element_size())):
         x_image, g_image = as_image(x[images], planes), as_image(grad[images], planes)
         x_mixed = _from_rows(_ops.pre_add.default(x_image, w, planes), spatial)
         g_mixed = _from_rows(_ops.pre_add.default(g_image, v, planes), size)
         x_parts, g_parts = [], []
         for r, (weight, xr, gr) in enumerate(zip(weights, x_mixed, g_mixed, strict=True)):
             x_parts.append(_rows(input_grad(gr, weight, list(xr.shape), *geometry)))
-            g_parts.append(_rows(_convolve(xr, weight, geometry)))
+            g_parts.append(_rows(convolution(xr, weight, None, *geometry)))
             d_weight = convolution_backward(gr, xr, weight, *geometry, of=1).to(compute_dtype(dtype))
             if images.start == 0:
                 d_weights.append(d_weight)
@@ -276,3 +258,21 @@ def phc_conv_factored_grad(
     G = torch.cat([d.reshape(p, -1) for d in d_weights])
     dU, dF = _ops.kron_sum_grad.default(G, u.t().unsqueeze(2), F.to(G.dtype))
     return dx.to(dtype), dU.view(n, R).t().contiguous().to(U.dtype), dV.to(V.dtype), dW.to(W.dtype), dF.to(dtype)
+
+
+def phc_conv_factored_weight_grad(
+    grad: Tensor,
+    x: Tensor,
+    U: Tensor,
+    V: Tensor,
+    W: Tensor,
+    F: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dU, dV, dW, dF) through the gradient of A = sum_r U_r (x) V_r (x) W_r, each in the type of its argument."""
+    A = _structure(x.dtype, U, V, W)
+    dA, dF = dense.phc_conv_weight_grad(grad, x, A, F, stride, padding, dilation)
+    dU, dV, dW = split_structure_grad(dA, *_coefficients(x.dtype, U, V, W))
+    return dU.to(U.dtype), dV.to(V.dtype), dW.to(W.dtype), dF

@@ -50,6 +50,8 @@ class PHResNet(Module):
 
     Convolutions have no bias of their own: one before batch normalisation would have no effect.
 
+    On the CPU hypercomplex networks (n > 1) compute in channels_last, whatever the memory format of the images.
+
     Args:
         blocks: number of residual blocks in each of the four stages.
         bottleneck: whether blocks have three convolutions, the last with four times the stage's channels.
@@ -112,6 +114,8 @@ class PHResNet(Module):
             raise ValueError('init="wkp" weighs the n terms of H = sum_i A_i (x) F_i; it needs n > 1, not n=1')
         self.in_channels = in_channels
         self.zero_channels = -in_channels % n
+        # torch's and our convolutions are faster in it.
+        self.channels_last = n > 1
 
         options: dict[str, Any] = {"device": device, "dtype": dtype}
         conv = _conv_factory(n, init, rank, weight_init, options)
@@ -143,6 +147,9 @@ class PHResNet(Module):
             raise ValueError(f"x has shape {tuple(x.shape)}; it must be (batch, {self.in_channels}, height, width)")
         if self.zero_channels:
             x = nn.functional.pad(x, (0, 0, 0, 0, self.zero_channels, 0))
+        if self.channels_last and x.device.type == "cpu":
+            # Not contiguous(memory_format=...), which vmap does not know.
+            x = x.movedim(1, -1).contiguous().movedim(-1, 1)
         x = torch.relu_(self.stem(x))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return self.linear(self.shift(x.mean((2, 3))))
@@ -181,7 +188,7 @@ class ResidualBlock(Module):
         shortcut, branch = self.shortcut(x), self.branch(x)
         if self.alpha is None:
             return torch.relu_(shortcut + branch)
-        return shortcut + self.alpha * torch.relu(branch)
+        return torch.addcmul(shortcut, self.alpha, torch.relu(branch))
 
 
 def _conv_factory(

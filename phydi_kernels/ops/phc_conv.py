@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 from .. import plans, reference
 from ..kernels import cpu, phc_conv
+from ..plans import Plan
+from . import phm_linear
 from ._family import (
     Family,
     define,
@@ -25,13 +28,40 @@ def pixels(x: Tensor) -> int:
     return x.shape[0] * math.prod(x.shape[2:])
 
 
+def pointwise_sizes(
+    x: Tensor, F: Tensor, padding: list[int], entries: int, transposed: bool = False
+) -> tuple[bool, int] | None:
+    """What plans.py asks of a kernel of one position: whether F is contiguous along q, and what is copied into rows.
+
+    ``entries`` are those of all images; F ``transposed`` for the input's gradient.
+    """
+    if math.prod(F.shape[3:]) > 1 or any(padding):
+        return None
+    along, size = (1, F.shape[1]) if transposed else (2, F.shape[2])
+    # An image of one pixel is a row as it lies.
+    planes = phc_conv.memory_format(x) is torch.contiguous_format and math.prod(x.shape[2:]) != 1
+    return size == 1 or F.stride(along) == 1, entries if planes else 0
+
+
 def _forward_cpu(x, A, F, bias, stride, padding, dilation, residual, alpha, activation):
     args = (x, A, F, bias, stride, padding, dilation, residual, alpha, activation)
     if not cpu.available():
         return reference.phc_conv(*args)
+    P = A.shape[1]
     p, q, *kernel = F.shape[1:]
-    outputs = x.shape[0] * math.prod(phc_conv.output_size(x.shape[2:], kernel, stride, padding, dilation))
-    return phc_conv.phc_conv(*args, plans.phc_conv(pixels(x), outputs, *A.shape, p, q, math.prod(kernel)))
+    size = phc_conv.output_size(x.shape[2:], kernel, stride, padding, dilation)
+    shape = (len(x), P * p, *size)
+    outputs = len(x) * math.prod(size)
+    copied = outputs * (x.shape[1] + P * p * (1 if residual is None else 2))
+    of_rows = pointwise_sizes(x, F, padding, copied)
+    plan = plans.phc_conv(pixels(x), outputs, *A.shape, p, q, math.prod(kernel), x.dtype == torch.bfloat16, of_rows)
+    if plan is not Plan.POINTWISE:
+        return phc_conv.phc_conv(*args, plan)
+
+    def linear(rows, residual):
+        return phm_linear.OP.on_cpu(rows, A, F.flatten(2), bias, residual, alpha, activation)
+
+    return phc_conv.pointwise(x, shape, linear, stride, [1] * len(stride), residual)
 
 
 def _input_grad_cpu(grad, A, F, input_size, stride, padding, dilation):
@@ -41,7 +71,16 @@ def _input_grad_cpu(grad, A, F, input_size, stride, padding, dilation):
     n, P, Q = A.shape
     p, q, *kernel = F.shape[1:]
     count = pixels(grad)
-    return phc_conv.phc_conv_input_grad(*args, plans.phc_conv(count, count, n, Q, P, q, p, math.prod(kernel)))
+    of_rows = pointwise_sizes(grad, F, padding, count * (Q * q + P * p), transposed=True)
+    plan = plans.phc_conv(count, count, n, Q, P, q, p, math.prod(kernel), grad.dtype == torch.bfloat16, of_rows)
+    if plan is not Plan.POINTWISE:
+        return phc_conv.phc_conv_input_grad(*args, plan)
+
+    def linear(rows, residual):
+        A_transposed, F_transposed = A.transpose(1, 2), F.flatten(2).transpose(1, 2)
+        return phm_linear.OP.on_cpu(rows, A_transposed, F_transposed, None, residual, None, "none")
+
+    return phc_conv.pointwise(grad, input_size, linear, [1] * len(stride), stride)
 
 
 def _weight_grad_cpu(*args):

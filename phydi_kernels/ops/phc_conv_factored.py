@@ -7,8 +7,10 @@ import math
 import torch
 
 from .. import plans, reference
-from ..kernels import cpu, phc_conv_factored
+from ..kernels import cpu, phc_conv, phc_conv_factored
 from ..kernels.phc_conv import memory_format, output_size
+from ..plans import Plan
+from . import phm_linear_factored
 from ._family import (
     Family,
     define,
@@ -19,7 +21,7 @@ from ._family import (
     register_input_grad_autograd,
     register_vmap_by_sample,
 )
-from .phc_conv import like_input, pixels
+from .phc_conv import like_input, pixels, pointwise_sizes
 
 
 def _bfloat16(x):
@@ -35,30 +37,63 @@ def _forward_cpu(x, U, V, W, F, bias, stride, padding, dilation, residual, alpha
     size = output_size(x.shape[2:], kernel, stride, padding, dilation)
     outputs, taps = x.shape[0] * math.prod(size), math.prod(kernel)
     row = (stride[-1], size[-1]) if len(size) < 3 else None
-    plan = plans.phc_conv_factored(pixels(x), outputs, n, P, Q, p, q, taps, R, _bfloat16(x), row)
-    return phc_conv_factored.phc_conv_factored(*args, plan)
+    copied = outputs * (Q * q + P * p * (1 if residual is None else 2))
+    of_rows = pointwise_sizes(x, F, padding, copied)
+    plan = plans.phc_conv_factored(pixels(x), outputs, n, P, Q, p, q, taps, R, _bfloat16(x), row, of_rows)
+    if plan is not Plan.POINTWISE:
+        return phc_conv_factored.phc_conv_factored(*args, plan)
+
+    def linear(rows, residual):
+        return phm_linear_factored.OP.on_cpu(rows, U, V, W, F.flatten(2), bias, residual, alpha, activation)
+
+    return phc_conv.pointwise(x, (len(x), P * p, *size), linear, stride, [1] * len(stride), residual)
+
+
+def _plan_of_input_grad(grad, U, V, W, F, input_size, stride, padding, dilation):
+    """The arguments of plans.phc_conv_factored for the input's gradient."""
+    (R, P), Q = V.shape, W.shape[1]
+    n, p, q, *kernel = F.shape
+    outputs = pixels(grad)
+    # With stride 1 it is a convolution of the reversed filters, where these reach over the padding.
+    reaches = all(pad <= e * (k - 1) for k, pad, e in zip(kernel, padding, dilation, strict=True))
+    row = (1, input_size[-1]) if max(stride) == 1 and reaches and len(stride) < 3 else None
+    of_rows = pointwise_sizes(grad, F, padding, outputs * (Q * q + P * p), transposed=True)
+    return outputs, outputs, n, Q, P, q, p, math.prod(kernel), R, _bfloat16(grad), row, of_rows
 
 
 def _input_grad_cpu(grad, U, V, W, F, input_size, stride, padding, dilation):
     args = (grad, U, V, W, F, input_size, stride, padding, dilation)
     if not cpu.available():
         return reference.phc_conv_factored_input_grad(*args)
-    (R, P), Q = V.shape, W.shape[1]
-    n, p, q, *kernel = F.shape
-    outputs = pixels(grad)
-    plan = plans.phc_conv_factored(outputs, outputs, n, Q, P, q, p, math.prod(kernel), R, _bfloat16(grad))
-    return phc_conv_factored.phc_conv_factored_input_grad(*args, plan)
+    plan = plans.phc_conv_factored(*_plan_of_input_grad(*args))
+    if plan is not Plan.POINTWISE:
+        return phc_conv_factored.phc_conv_factored_input_grad(*args, plan)
+
+    def linear(rows, residual):
+        F_transposed = F.flatten(2).transpose(1, 2)
+        return phm_linear_factored.OP.on_cpu(rows, U, W, V, F_transposed, None, residual, None, "none")
+
+    return phc_conv.pointwise(grad, input_size, linear, [1] * len(stride), stride)
 
 
 def _gradients_cpu(grad, x, U, V, W, F, stride, padding, dilation):
     args = (grad, x, U, V, W, F, stride, padding, dilation)
     if not cpu.available():
         return reference.phc_conv_factored_grad(*args)
-    (R, P), Q = V.shape, W.shape[1]
-    n, p, q, *kernel = F.shape
-    taps = math.prod(kernel)
-    plan = plans.phc_conv_factored_grad(pixels(x), pixels(grad), n, P, Q, p, q, taps, R, _bfloat16(x))
-    return phc_conv_factored.phc_conv_factored_grad(*args, plan)
+    of_input = (grad, U, V, W, F, list(x.shape), stride, padding, dilation)
+    *sizes, row, of_rows = _plan_of_input_grad(*of_input)
+    outputs, _, n, Q, P, q, p, taps, R, bfloat16 = sizes
+    plan = plans.phc_conv_factored_grad(pixels(x), outputs, n, P, Q, p, q, taps, R, bfloat16, row, of_rows)
+    if plan is Plan.RANK:
+        return phc_conv_factored.phc_conv_factored_grad(*args)
+    if plan is Plan.POINTWISE:
+        grad_rows = phc_conv.pointwise_rows(grad, [1] * len(stride))
+        d_rows, *of_factors, d_F = phm_linear_factored.phm_linear_factored_grad(
+            grad_rows, phc_conv.pointwise_rows(x, stride), U, V, W, F.flatten(2)
+        )
+        return phc_conv.image_of_rows(d_rows, x.shape, stride, memory_format(x)), *of_factors, d_F.view(F.shape)
+    d_x = _input_grad_cpu(*of_input)
+    return d_x, *phc_conv_factored.phc_conv_factored_weight_grad(*args)
 
 
 def _gradients_like_input(implementation):
