@@ -20,6 +20,7 @@ from phydi_kernels.kernels import cpu
 
 RESULTS = Path(__file__).resolve().parent / "results" / "cpu.json"
 DISCRIMINANT = RESULTS.with_name("gda_cpu.json")
+TRAINING = RESULTS.with_name("training_cpu.json")
 # Columns of further rivals, as ratios to the dense layer; rows without one of them have an empty cell.
 RIVALS = ("published", "prepacked", "learned A", "dense folded", "stream", "mix", "panel")
 HEADER = (
@@ -40,7 +41,7 @@ LEFT_ALIGNED = ("layer", "algebra", "pass", "dtype", "asked")
 # The README's tables: a row for each layer, n and algebra, whose cells are ratios at one thread.
 DTYPES = ("float32", "bfloat16")
 PASSES = {"forward": "Inference", "forward+backward": "Training step"}
-KINDS = ("linear", "conv2d", "PHMEmbedding", "PHResNet18", "PHResNet50", "PHTransformerLM")
+KINDS = ("linear", "conv2d", "PHResNet18")
 
 
 def summary(times: Mapping[str, Sequence[float]]) -> dict[str, Any]:
@@ -121,6 +122,19 @@ def markdown(results: Mapping[str, Any]) -> str:
 
     details = ["<details><summary>Layers that learn A, as they are</summary>", *tables(False), "</details>"]
     return "\n\n".join([*tables(True), *details, machine_line({**results, "rows": single})])
+
+
+def training_markdown(results: Mapping[str, Any]) -> str:
+    """The README's table of whole networks: times over the dense network's at one thread."""
+    single = [row for row in results["rows"] if row["threads"] == 1]
+    rivals = ("ours", "learned A", "published")
+    lines = [f"| {PASSES['forward+backward']} | n | algebra | {' | '.join(rivals)} |", "|---|---|---|" + "--:|" * 3]
+    for row in single:
+        if row["pass"] == "forward+backward":
+            ratios = [f"{row['ratio'][name]:.2f}" if name in row["ratio"] else "" for name in rivals]
+            cells = (row["layer"], str(row["n"]), _algebra(row), f"**{ratios[0]}**", *ratios[1:])
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", machine_line({**results, "rows": single})])
 
 
 def speedup_markdown(results: Mapping[str, Any]) -> str:
@@ -219,15 +233,20 @@ def write_into(readme: Path, command: str, markdown: str) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("file", nargs="?", type=Path, help="results file (default: results/cpu.json)")
-    parser.add_argument("--discriminant", action="store_true", help="the discriminant analysis (results/gda_cpu.json)")
+    tables = parser.add_mutually_exclusive_group()
+    tables.add_argument("--discriminant", action="store_true", help="the discriminant analysis (results/gda_cpu.json)")
+    tables.add_argument("--training", action="store_true", help="whole networks (results/training_cpu.json)")
     parser.add_argument("--markdown", action="store_true", help="the README's tables")
     parser.add_argument("--write", type=Path, metavar="README", help="put the README's tables into this file")
     args = parser.parse_args()
-    as_text, as_markdown = (speedup_text, speedup_markdown) if args.discriminant else (text, markdown)
-    path = args.file or (DISCRIMINANT if args.discriminant else RESULTS)
-    found = json.loads(path.read_text(encoding="utf-8"))
+    if args.discriminant:
+        option, path, as_text, as_markdown = "--discriminant ", DISCRIMINANT, speedup_text, speedup_markdown
+    elif args.training:
+        option, path, as_text, as_markdown = "--training ", TRAINING, text, training_markdown
+    else:
+        option, path, as_text, as_markdown = "", RESULTS, text, markdown
+    found = json.loads((args.file or path).read_text(encoding="utf-8"))
     if args.write:
-        command = f"python benchmarks/report.py {'--discriminant ' if args.discriminant else ''}--markdown"
-        write_into(args.write, command, as_markdown(found))
+        write_into(args.write, f"python benchmarks/report.py {option}--markdown", as_markdown(found))
     else:
         print((as_markdown if args.markdown else as_text)(found))

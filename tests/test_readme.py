@@ -12,7 +12,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.mark.parametrize("command", ("report.py", "report.py --discriminant", "grid.py", "gda_errors.py"))
+@pytest.mark.parametrize(
+    "command", ("report.py", "report.py --training", "report.py --discriminant", "grid.py", "gda_errors.py")
+)
 def test_benchmark_tables_are_those_of_the_results_files(command):
     program, *options = command.split()
     table = subprocess.check_output([sys.executable, ROOT / "benchmarks" / program, *options, "--markdown"], text=True)
