@@ -27,23 +27,32 @@ _BRANCH_LAYERS = 2
 class PHTransformerLayer(Module):
     """What the layers of encoder and decoder share: sub-layers, each with a residual connection."""
 
+    num_sublayers: int
+
     def __init__(
         self,
-        num_sublayers: int,
         d_model: int,
         nhead: int,
         n: int,
-        dim_feedforward: int,
-        dropout: float,
-        activation: str | Callable[[Tensor], Tensor],
-        layer_norm_eps: float,
-        batch_first: bool,
-        norm: str,
-        bias: bool,
-        alphas: str,
-        options: dict[str, Any],
+        dim_feedforward: int = 2048,
+        dropout: float = 0.1,
+        activation: str | Callable[[Tensor], Tensor] = "relu",
+        layer_norm_eps: float = 1e-5,
+        batch_first: bool = False,
+        norm: str = "post",
+        bias: bool = True,
+        *,
+        alphas: str = "shared",
+        algebra_rank: int | str | None = None,
+        kron_weights: bool = False,
+        init: str | Tensor = "fan",
+        learn_algebra: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        num_sublayers = self.num_sublayers
+        options = layer_options(algebra_rank, kron_weights, init, learn_algebra, device, dtype)
         if norm not in _NORMS:
             raise ValueError(f"norm={norm!r} is not one of {', '.join(map(repr, _NORMS))}")
         if alphas not in ("shared", "separate"):
@@ -65,7 +74,7 @@ class PHTransformerLayer(Module):
         self.norm, self.alphas, self.activation = norm, alphas, activation
         check_probability("dropout", dropout)
         check_finite("layer_norm_eps", layer_norm_eps)
-        factory: dict[str, Any] = {"device": options["device"], "dtype": options["dtype"]}
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         heads: dict[str, Any] = {"dropout": dropout, "bias": bias, "batch_first": batch_first, **options}
         self.self_attn = PHMMultiheadAttention(d_model, nhead, n, **heads)
         if num_sublayers == 3:
@@ -85,7 +94,7 @@ class PHTransformerLayer(Module):
         else:
             for i in range(1, num_sublayers + 1):
                 self.register_module(f"norm{i}", nn.LayerNorm(d_model, layer_norm_eps, bias=bias, **factory))
-        self.d_model, self.num_sublayers = d_model, num_sublayers
+        self.d_model = d_model
         for name in dict.fromkeys(self._alpha_names):
             nn.init.zeros_(getattr(self, name))
         self.scale_branches(num_sublayers)
@@ -191,30 +200,7 @@ class PHTransformerEncoderLayer(PHTransformerLayer):
             activation.
     """
 
-    def __init__(
-        self,
-        d_model: int,
-        nhead: int,
-        n: int,
-        dim_feedforward: int = 2048,
-        dropout: float = 0.1,
-        activation: str | Callable[[Tensor], Tensor] = "relu",
-        layer_norm_eps: float = 1e-5,
-        batch_first: bool = False,
-        norm: str = "post",
-        bias: bool = True,
-        *,
-        alphas: str = "shared",
-        algebra_rank: int | str | None = None,
-        kron_weights: bool = False,
-        init: str | Tensor = "fan",
-        learn_algebra: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        options = layer_options(algebra_rank, kron_weights, init, learn_algebra, device, dtype)
-        sizes = d_model, nhead, n, dim_feedforward
-        super().__init__(2, *sizes, dropout, activation, layer_norm_eps, batch_first, norm, bias, alphas, options)
+    num_sublayers = 2
 
     def forward(
         self,
@@ -249,30 +235,7 @@ class PHTransformerDecoderLayer(PHTransformerLayer):
         TypeError, ValueError, DecompositionError: as :class:`PHTransformerEncoderLayer`.
     """
 
-    def __init__(
-        self,
-        d_model: int,
-        nhead: int,
-        n: int,
-        dim_feedforward: int = 2048,
-        dropout: float = 0.1,
-        activation: str | Callable[[Tensor], Tensor] = "relu",
-        layer_norm_eps: float = 1e-5,
-        batch_first: bool = False,
-        norm: str = "post",
-        bias: bool = True,
-        *,
-        alphas: str = "shared",
-        algebra_rank: int | str | None = None,
-        kron_weights: bool = False,
-        init: str | Tensor = "fan",
-        learn_algebra: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        options = layer_options(algebra_rank, kron_weights, init, learn_algebra, device, dtype)
-        sizes = d_model, nhead, n, dim_feedforward
-        super().__init__(3, *sizes, dropout, activation, layer_norm_eps, batch_first, norm, bias, alphas, options)
+    num_sublayers = 3
 
     def forward(
         self,
