@@ -31,6 +31,15 @@ def check_divisible(name: str, value: Any, n: int) -> int:
     return value
 
 
+def check_row(name: str, value: Any, rows: int) -> int | None:
+    """The index of one of ``rows``, from 0; from the end if negative. None stays None."""
+    if value is None:
+        return None
+    if check_integer(name, value, least=-rows) >= rows:
+        raise ValueError(f"{name}={value} must be None or from {-rows} to {rows - 1}")
+    return int(value) % rows
+
+
 def check_flag(name: str, value: Any) -> None:
     """TypeError unless ``value`` is True or False."""
     if not isinstance(value, bool):

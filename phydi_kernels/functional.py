@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._check import DTYPES, check_integer, check_padding, check_per_dimension
+from ._check import DTYPES, check_padding, check_per_dimension, check_row
 from ._gda import GDASolution, discriminant_criterion, gda_solve, kernel_matrix
 from .kernels.phc_conv import output_size
 from .ops import phc_conv as _phc_conv
@@ -160,8 +160,7 @@ def phm_embedding(input: Tensor, A: Tensor, F: Tensor, *, padding_idx: int | Non
     if input.device != F.device:
         raise ValueError(f"input is on {input.device} but F is on {F.device}; all tensors of a call share one device")
     rows = P * F.shape[1]
-    if padding_idx is not None and check_integer("padding_idx", padding_idx, least=-rows) >= rows:
-        raise ValueError(f"padding_idx={padding_idx} must be None or from {-rows} to {rows - 1}")
+    padding_idx = check_row("padding_idx", padding_idx, rows)
     if torch.compiler.is_compiling():
         y = _rows_of_table(input.long(), A, F)
     else:
@@ -175,7 +174,7 @@ def phm_embedding(input: Tensor, A: Tensor, F: Tensor, *, padding_idx: int | Non
                 found = "an index out of range"
             raise IndexError(f"input holds {found}; indices must be from 0 to {rows - 1}") from None
     if padding_idx is not None:
-        y = y.masked_fill((input == padding_idx % rows).unsqueeze(-1), 0)
+        y = y.masked_fill((input == padding_idx).unsqueeze(-1), 0)
     return y
 
 

@@ -14,7 +14,6 @@ branches so small that no normalisation shows in them.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -84,7 +83,7 @@ def main() -> None:
         "seeds": args.seeds,
         "norms": measure(settings, corpus, args.seeds),
     }
-    args.file.write_text(json.dumps(results) + "\n", encoding="utf-8")
+    runs.write_figures(args.file, results)
     print(f"Written: {args.file}")
 
 

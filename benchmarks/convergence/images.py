@@ -43,17 +43,15 @@ import runs
 import torch
 from runs import RESULTS
 from torch import Tensor, nn
-from torch.optim.swa_utils import update_bn
 
 from phydi_kernels import models
 from phydi_kernels.demo import report
-from phydi_kernels.demo.training import BATCH_NORM_IMAGES, TARGET_ACCURACY
+from phydi_kernels.demo.training import BATCH_NORM_IMAGES, TARGET_ACCURACY, accuracy
 
 SUMMARY = RESULTS / "convergence_images.json"
 METHODS = {"standard": "", "wkp": "+ WKP", "phydi": "+ PHYDI", "fixup": "+ Fixup"}
 DIMENSIONS = (2, 3, 4)
 DEPTHS = (18, 50, 152)
-EVALUATION_IMAGES = 512
 
 
 @dataclass(frozen=True)
@@ -194,16 +192,8 @@ def image_task(settings: Mapping[str, Any], data: image_data.Images, device: str
         return nn.functional.cross_entropy(model(x), labels[batch]), len(batch)
 
     def measure(name: str, part: image_data.Part) -> dict[str, float]:
-        with torch.no_grad():
-            if settings["calibrate"]:
-                update_bn([images[:BATCH_NORM_IMAGES]], model)
-            model.eval()
-            correct = sum(
-                (model(x.to(device)).argmax(1).cpu() == y).sum().item()
-                for x, y in zip(part.images.split(EVALUATION_IMAGES), part.labels.split(EVALUATION_IMAGES), strict=True)
-            )
-        model.train()
-        return {f"{name}_accuracy": correct / len(part)}
+        calibration = images[:BATCH_NORM_IMAGES] if settings["calibrate"] else None
+        return {f"{name}_accuracy": accuracy(model, part.images.to(device), part.labels.to(device), calibration)}
 
     return runs.Task(
         model,

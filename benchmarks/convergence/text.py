@@ -235,10 +235,10 @@ def summary(preset: str, corpus: text_data.Corpus, found: Sequence[Mapping[str, 
 
 def alphas(found: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """Each layer's alpha at each evaluation, in the PHYDI run with most layers, then most n, then the first seed."""
-    runs = [run for run in found if run["settings"]["norm"] == "phydi"]
-    if not runs:
+    candidates = [run for run in found if run["settings"]["norm"] == "phydi"]
+    if not candidates:
         return None
-    run = max(runs, key=lambda run: (run["settings"]["depth"], run["settings"]["n"], -run["seed"]))
+    run = max(candidates, key=lambda run: (run["settings"]["depth"], run["settings"]["n"], -run["seed"]))
     lines = [line for line in run["log"] if "alphas" in line]
     return {
         **{key: run["settings"][key] for key in ("depth", "n")},

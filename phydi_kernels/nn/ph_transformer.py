@@ -86,7 +86,7 @@ class PHTransformerLayer(Module):
         self._alpha_names = tuple(names) if norm == "phydi" else ()
         if norm == "phydi":
             for name in dict.fromkeys(names):
-                self.register_parameter(name, Parameter(torch.empty(1, **factory)))
+                self.register_parameter(name, Parameter(torch.zeros(1, **factory)))
         elif norm == "fixup":
             # Before and after each branch, and around the activation.
             self.shifts = nn.ModuleList(Shift(factory) for _ in range(2 * num_sublayers + 2))
@@ -95,8 +95,6 @@ class PHTransformerLayer(Module):
             for i in range(1, num_sublayers + 1):
                 self.register_module(f"norm{i}", nn.LayerNorm(d_model, layer_norm_eps, bias=bias, **factory))
         self.d_model = d_model
-        for name in dict.fromkeys(self._alpha_names):
-            nn.init.zeros_(getattr(self, name))
         self.scale_branches(num_sublayers)
 
     def reset_parameters(self) -> None:

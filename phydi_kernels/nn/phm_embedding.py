@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import functional
-from .._check import check_divisible, check_finite, check_integer
+from .._check import check_divisible, check_finite, check_integer, check_row
 from ._base import HypercomplexLayer
 
 
@@ -63,13 +63,7 @@ class PHMEmbedding(HypercomplexLayer):
         std = 1.0 if std is None else check_finite("std", std)
         if std <= 0:
             raise ValueError(f"std={std} must be positive")
-        if padding_idx is not None:
-            padding_idx = check_integer("padding_idx", padding_idx, least=-num_embeddings)
-            if padding_idx >= num_embeddings:
-                raise ValueError(
-                    f"padding_idx={padding_idx} must be None or from {-num_embeddings} to {num_embeddings - 1}"
-                )
-            padding_idx %= num_embeddings
+        padding_idx = check_row("padding_idx", padding_idx, num_embeddings)
         super().__init__(
             embedding_dim,
             num_embeddings,
