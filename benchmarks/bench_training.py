@@ -225,15 +225,11 @@ def image_step(model: nn.Module, x: Tensor, labels: Tensor) -> Callable[[], dict
 
 def expected_step(model: nn.Module, dense: nn.Module, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
     """Loss and gradients of U, V, W and F, of A and of H in float64, through the dense network and H formed whole."""
-    inputs = {name: t.detach().double().requires_grad_() for name, t in model.named_parameters()}
-    weights = {name: inputs[name] for name, _ in dense.named_parameters() if name in inputs}
-    for name, conv in dense.named_modules():
-        if isinstance(conv, nn.Conv2d):
-            U, V, W, F = (inputs[f"{name}.{factor}"] for factor in "UVWF")
-            inputs[f"{name}.A"] = torch.einsum("ri,rk,rl->ikl", U, V, W)
-            H = kronecker_sum(inputs[f"{name}.A"], F)
-            # The zero channels in front of the image have no weights in the dense network.
-            weights[f"{name}.weight"] = H[:, -conv.in_channels :]
+    inputs = exact_weights(model)
+    # The zero channels in front of the image have no weights in the dense network.
+    weights = {
+        name: inputs[name][:, -p.shape[1] :] if p.dim() == 4 else inputs[name] for name, p in dense.named_parameters()
+    }
     y = torch.func.functional_call(copy.deepcopy(dense).double(), weights, (x.double(),))
     loss = nn.functional.cross_entropy(y, labels)
     inputs |= weights
