@@ -7,9 +7,10 @@ import math
 import torch
 from torch import Tensor
 
-from .. import plans, reference
-from ..kernels import cpu, phc_conv
+from .. import plans, plans_cuda, reference
+from ..kernels import cpu, gpu, phc_conv
 from ..plans import Plan
+from ..plans_cuda import CudaPlan
 from . import phm_linear
 from ._family import (
     Family,
@@ -87,6 +88,46 @@ def _weight_grad_cpu(*args):
     return (phc_conv if cpu.available() else reference).phc_conv_weight_grad(*args)
 
 
+def _forward_cuda(x, A, F, bias, stride, padding, dilation, residual, alpha, activation):
+    args = (x, A, F, bias, stride, padding, dilation, residual, alpha, activation)
+    dtype, capability = gpu.common_dtype(x, A, F, bias, residual, alpha), gpu.capability(x.device)
+    plan = plans_cuda.phc_conv(*A.shape, F.numel(), F.shape[3:], dtype, capability)
+    if plan is CudaPlan.COMPOSED:
+        return reference.phc_conv(*args)
+    from ..kernels.gpu import phc_conv as driver
+
+    return driver.phc_conv(*args, plan)
+
+
+def reversed_kernel(F: Tensor, stride: list[int], padding: list[int], dilation: list[int]) -> tuple[int, ...]:
+    """The kernel of the convolution that is the input's gradient; () where it is none."""
+    # With stride 1 it is a convolution of the reversed filters, where these reach over the padding.
+    reaches = all(pad <= e * (k - 1) for k, pad, e in zip(F.shape[3:], padding, dilation, strict=True))
+    return F.shape[3:] if max(stride) == 1 and reaches else ()
+
+
+def _input_grad_cuda(grad, A, F, input_size, stride, padding, dilation):
+    args = (grad, A, F, input_size, stride, padding, dilation)
+    kernel = reversed_kernel(F, stride, padding, dilation)
+    dtype, capability = gpu.common_dtype(grad, A, F), gpu.capability(grad.device)
+    plan = plans_cuda.phc_conv(*A.shape, F.numel(), kernel, dtype, capability)
+    if plan is CudaPlan.COMPOSED:
+        return reference.phc_conv_input_grad(*args)
+    from ..kernels.gpu import phc_conv as driver
+
+    return driver.phc_conv_input_grad(*args, plan)
+
+
+def _weight_grad_cuda(grad, x, A, F, stride, padding, dilation):
+    args = (grad, x, A, F, stride, padding, dilation)
+    dtype, capability = gpu.common_dtype(grad, x, A, F), gpu.capability(x.device)
+    if plans_cuda.weight_grad(*A.shape, F.numel(), dtype, capability) is CudaPlan.COMPOSED:
+        return reference.phc_conv_weight_grad(*args)
+    from ..kernels.gpu import phc_conv as driver
+
+    return driver.phc_conv_weight_grad(*args)
+
+
 def like_input(implementation):
     """The memory format of the first argument (the input, or the output's gradient) for every result of its rank."""
 
@@ -116,18 +157,21 @@ def _define(d: int) -> Family:
         like_input(reference.phc_conv),
         like_input(_forward_cpu),
         _forward_fake,
+        cuda=like_input(_forward_cuda),
     )
     input_grad = define(
         f"{name}_input_grad(Tensor grad, Tensor A, Tensor F, SymInt[] input_size, {geometry}) -> Tensor",
         like_input(reference.phc_conv_input_grad),
         like_input(_input_grad_cpu),
         _input_grad_fake,
+        cuda=like_input(_input_grad_cuda),
     )
     weight_grad = define(
         f"{name}_weight_grad(Tensor grad, Tensor x, Tensor A, Tensor F, {geometry}) -> (Tensor, Tensor)",
         reference.phc_conv_weight_grad,
         _weight_grad_cpu,
         like_arguments((2, 3)),
+        cuda=_weight_grad_cuda,
     )
 
     def gradients(grad, x, factors, geometry, of_x, of_factors):

@@ -6,10 +6,11 @@ import math
 
 import torch
 
-from .. import plans, reference
-from ..kernels import cpu, phc_conv, phc_conv_factored
+from .. import plans, plans_cuda, reference
+from ..kernels import cpu, gpu, phc_conv, phc_conv_factored
 from ..kernels.phc_conv import memory_format, output_size
 from ..plans import Plan
+from ..plans_cuda import CudaPlan
 from . import phm_linear_factored
 from ._family import (
     Family,
@@ -21,7 +22,7 @@ from ._family import (
     register_input_grad_autograd,
     register_vmap_by_sample,
 )
-from .phc_conv import like_input, pixels, pointwise_sizes
+from .phc_conv import like_input, pixels, pointwise_sizes, reversed_kernel
 
 
 def _bfloat16(x):
@@ -54,9 +55,7 @@ def _plan_of_input_grad(grad, U, V, W, F, input_size, stride, padding, dilation)
     (R, P), Q = V.shape, W.shape[1]
     n, p, q, *kernel = F.shape
     outputs = pixels(grad)
-    # With stride 1 it is a convolution of the reversed filters, where these reach over the padding.
-    reaches = all(pad <= e * (k - 1) for k, pad, e in zip(kernel, padding, dilation, strict=True))
-    row = (1, input_size[-1]) if max(stride) == 1 and reaches and len(stride) < 3 else None
+    row = (1, input_size[-1]) if reversed_kernel(F, stride, padding, dilation) and len(stride) < 3 else None
     of_rows = pointwise_sizes(grad, F, padding, outputs * (Q * q + P * p), transposed=True)
     return outputs, outputs, n, Q, P, q, p, math.prod(kernel), R, _bfloat16(grad), row, of_rows
 
@@ -96,6 +95,47 @@ def _gradients_cpu(grad, x, U, V, W, F, stride, padding, dilation):
     return d_x, *phc_conv_factored.phc_conv_factored_weight_grad(*args)
 
 
+def _forward_cuda(x, U, V, W, F, bias, stride, padding, dilation, residual, alpha, activation):
+    args = (x, U, V, W, F, bias, stride, padding, dilation, residual, alpha, activation)
+    (R, P), Q = V.shape, W.shape[1]
+    n, p, q, *kernel = F.shape
+    outputs = len(x) * math.prod(output_size(x.shape[2:], kernel, stride, padding, dilation))
+    dtype, capability = gpu.common_dtype(x, U, V, W, F, bias, residual, alpha), gpu.capability(x.device)
+    sizes = (pixels(x), outputs, n, P, Q, p, q, F.shape[3:], R)
+    plan = plans_cuda.phc_conv_factored(*sizes, U is not None, dtype, gpu.tf32(), capability)
+    if plan is CudaPlan.COMPOSED:
+        return reference.phc_conv_factored(*args)
+    from ..kernels.gpu import phc_conv_factored as driver
+
+    return driver.phc_conv_factored(*args, plan)
+
+
+def _input_grad_cuda(grad, U, V, W, F, input_size, stride, padding, dilation):
+    args = (grad, U, V, W, F, input_size, stride, padding, dilation)
+    (R, P), Q = V.shape, W.shape[1]
+    n, p, q = F.shape[:3]
+    count = input_size[0] * math.prod(input_size[2:])
+    dtype, capability = gpu.common_dtype(grad, U, V, W, F), gpu.capability(grad.device)
+    sizes = (pixels(grad), count, n, Q, P, q, p, reversed_kernel(F, stride, padding, dilation), R)
+    plan = plans_cuda.phc_conv_factored(*sizes, U is not None, dtype, gpu.tf32(), capability)
+    if plan is CudaPlan.COMPOSED:
+        return reference.phc_conv_factored_input_grad(*args)
+    from ..kernels.gpu import phc_conv_factored as driver
+
+    return driver.phc_conv_factored_input_grad(*args, plan)
+
+
+def _gradients_cuda(grad, x, U, V, W, F, stride, padding, dilation):
+    args = (grad, x, U, V, W, F, stride, padding, dilation)
+    sizes = (len(F), V.shape[1], W.shape[1], len(V), F.numel())
+    dtype, capability = gpu.common_dtype(grad, x, U, V, W, F), gpu.capability(x.device)
+    if plans_cuda.factored_grad(*sizes, dtype, capability) is CudaPlan.COMPOSED:
+        return reference.phc_conv_factored_grad(*args)
+    from ..kernels.gpu import phc_conv_factored as driver
+
+    return driver.phc_conv_factored_grad(*args)
+
+
 def _gradients_like_input(implementation):
     """The memory format of the input for its gradient; the others contiguous."""
 
@@ -126,6 +166,7 @@ def _define(d: int) -> Family:
         like_input(reference.phc_conv_factored),
         like_input(_forward_cpu),
         _forward_fake,
+        cuda=like_input(_forward_cuda),
     )
     input_grad = define(
         f"{name}_input_grad(Tensor grad, Tensor? U, Tensor V, Tensor W, Tensor F, SymInt[] input_size, {geometry}) "
@@ -133,6 +174,7 @@ def _define(d: int) -> Family:
         like_input(reference.phc_conv_factored_input_grad),
         like_input(_input_grad_cpu),
         _input_grad_fake,
+        cuda=like_input(_input_grad_cuda),
     )
     gradients = define(
         f"{name}_grad(Tensor grad, Tensor x, Tensor U, Tensor V, Tensor W, Tensor F, {geometry}) "
@@ -140,6 +182,7 @@ def _define(d: int) -> Family:
         _gradients_like_input(reference.phc_conv_factored_grad),
         _gradients_like_input(_gradients_cpu),
         _gradients_like_input(like_arguments((1, 2, 3, 4, 5))),
+        cuda=_gradients_like_input(_gradients_cuda),
     )
 
     def form_gradients(grad, x, factors, geometry, of_x, of_factors):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from .. import plans, reference
-from ..kernels import cpu
+from .. import plans, plans_cuda, reference
+from ..kernels import cpu, gpu
+from ..plans_cuda import CudaPlan
 from ._family import (
     Family,
     Operator,
@@ -36,6 +39,27 @@ def _forward_cpu(
     return cpu.phm_linear(x, A, F, bias, residual, alpha, activation, plan)
 
 
+def _forward_cuda(
+    x: Tensor,
+    A: Tensor,
+    F: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    alpha: Tensor | None,
+    activation: str,
+) -> Tensor:
+    n, P, Q = A.shape
+    _, p, q = F.shape
+    dtype, capability = gpu.common_dtype(x, A, F, bias, residual, alpha), gpu.capability(x.device)
+    rows = math.prod(x.shape[:-1])
+    plan = plans_cuda.phm_linear(rows, n, P, Q, p, q, dtype, gpu.tf32(), capability)
+    if plan is CudaPlan.COMPOSED:
+        return reference.phm_linear(x, A, F, bias, residual, alpha, activation)
+    from ..kernels.gpu import phm_linear as driver
+
+    return driver.phm_linear(x, A, F, bias, residual, alpha, activation, plan)
+
+
 def _forward_fake(x, A, F, bias, residual, alpha, activation):
     return x.new_empty((*x.shape[:-1], A.shape[1] * F.shape[1]))
 
@@ -49,17 +73,28 @@ def _weight_grad_cpu(grad: Tensor, x: Tensor, A: Tensor, F: Tensor) -> tuple[Ten
     return cpu.phm_linear_weight_grad(grad, x, A, F, plan)
 
 
+def _weight_grad_cuda(grad: Tensor, x: Tensor, A: Tensor, F: Tensor) -> tuple[Tensor, Tensor]:
+    dtype, capability = gpu.common_dtype(grad, x, A, F), gpu.capability(x.device)
+    if plans_cuda.weight_grad(*A.shape, F.numel(), dtype, capability) is CudaPlan.COMPOSED:
+        return reference.phm_linear_weight_grad(grad, x, A, F)
+    from ..kernels.gpu import phm_linear as driver
+
+    return driver.phm_linear_weight_grad(grad, x, A, F)
+
+
 phm_linear = define(
     "phm_linear(Tensor x, Tensor A, Tensor F, Tensor? bias, Tensor? residual, Tensor? alpha, str activation) -> Tensor",
     reference.phm_linear,
     _forward_cpu,
     _forward_fake,
+    cuda=_forward_cuda,
 )
 phm_linear_weight_grad = define(
     "phm_linear_weight_grad(Tensor grad, Tensor x, Tensor A, Tensor F) -> (Tensor, Tensor)",
     reference.phm_linear_weight_grad,
     _weight_grad_cpu,
     like_arguments((2, 3)),
+    cuda=_weight_grad_cuda,
 )
 
 OP = Operator(phm_linear, _forward_cpu)

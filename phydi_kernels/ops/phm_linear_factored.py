@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from .. import plans, reference
-from ..kernels import cpu
+from .. import plans, plans_cuda, reference
+from ..kernels import cpu, gpu
+from ..plans_cuda import CudaPlan
 from ._family import (
     Family,
     Operator,
@@ -40,6 +43,29 @@ def _forward_cpu(
     return cpu.phm_linear_factored(x, U, V, W, F, bias, residual, alpha, activation, plan)
 
 
+def _forward_cuda(
+    x: Tensor,
+    U: Tensor | None,
+    V: Tensor,
+    W: Tensor,
+    F: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    alpha: Tensor | None,
+    activation: str,
+) -> Tensor:
+    R, P = V.shape
+    n, p, q = F.shape
+    dtype, capability = gpu.common_dtype(x, U, V, W, F, bias, residual, alpha), gpu.capability(x.device)
+    sizes = (math.prod(x.shape[:-1]), n, P, W.shape[1], p, q, R)
+    plan = plans_cuda.phm_linear_factored(*sizes, U is not None, dtype, gpu.tf32(), capability)
+    if plan is CudaPlan.COMPOSED:
+        return reference.phm_linear_factored(x, U, V, W, F, bias, residual, alpha, activation)
+    from ..kernels.gpu import phm_linear_factored as driver
+
+    return driver.phm_linear_factored(x, U, V, W, F, bias, residual, alpha, activation, plan)
+
+
 def _forward_fake(x, U, V, W, F, bias, residual, alpha, activation):
     return x.new_empty((*x.shape[:-1], V.shape[1] * F.shape[1]))
 
@@ -54,12 +80,23 @@ def _grad_cpu(grad: Tensor, x: Tensor, U: Tensor, V: Tensor, W: Tensor, F: Tenso
     return cpu.phm_linear_factored_grad(grad, x, U, V, W, F, plan)
 
 
+def _grad_cuda(grad: Tensor, x: Tensor, U: Tensor, V: Tensor, W: Tensor, F: Tensor) -> tuple[Tensor, ...]:
+    sizes = (len(F), V.shape[1], W.shape[1], len(V), F.numel())
+    dtype, capability = gpu.common_dtype(grad, x, U, V, W, F), gpu.capability(x.device)
+    if plans_cuda.factored_grad(*sizes, dtype, capability) is CudaPlan.COMPOSED:
+        return reference.phm_linear_factored_grad(grad, x, U, V, W, F)
+    from ..kernels.gpu import phm_linear_factored as driver
+
+    return driver.phm_linear_factored_grad(grad, x, U, V, W, F)
+
+
 phm_linear_factored = define(
     "phm_linear_factored(Tensor x, Tensor? U, Tensor V, Tensor W, Tensor F, Tensor? bias, Tensor? residual, "
     "Tensor? alpha, str activation) -> Tensor",
     reference.phm_linear_factored,
     _forward_cpu,
     _forward_fake,
+    cuda=_forward_cuda,
 )
 phm_linear_factored_grad = define(
     "phm_linear_factored_grad(Tensor grad, Tensor x, Tensor U, Tensor V, Tensor W, Tensor F) "
@@ -67,6 +104,7 @@ phm_linear_factored_grad = define(
     reference.phm_linear_factored_grad,
     _grad_cpu,
     like_arguments((1, 2, 3, 4, 5)),
+    cuda=_grad_cuda,
 )
 
 OP = Operator(phm_linear_factored, _forward_cpu)

@@ -1,0 +1,50 @@
+"""Triton kernels for CUDA devices of compute capability 8.0 or newer, and the drivers of the operators.
+
+The modules of this package import triton: they are imported where a kernel is about to run.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+
+import torch
+from torch import Tensor
+
+from ...plans_cuda import architecture
+from .. import cpu
+
+
+def reason(capability: int) -> str:
+    """Why a card of this compute capability cannot run the kernels, or ""."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if not architecture(capability):
+        return f"compute capability {capability // 10}.{capability % 10} is below 8.0"
+    return ""
+
+
+@functools.cache
+def capability(device: torch.device) -> int:
+    """Ten times the compute capability of a CUDA device; 0 where the kernels cannot run.
+
+    Warns once for each device, with the reason, when they cannot. Other devices are those of Triton's interpreter.
+    """
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    why = reason(10 * major + minor)
+    if why:
+        cpu.warn(f"{torch.cuda.get_device_name(device)}: {why}")
+    return 0 if why else 10 * major + minor
+
+
+def common_dtype(*tensors: Tensor | None) -> torch.dtype | None:
+    """The type of the tensors that are given, or None where they have several."""
+    dtypes = {t.dtype for t in tensors if t is not None}
+    return dtypes.pop() if len(dtypes) == 1 else None
+
+
+def tf32() -> bool:
+    """Whether torch's matmul rounds the operands of float32 products to TF32 on CUDA; the kernels follow it."""
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"

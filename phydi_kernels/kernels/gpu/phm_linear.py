@@ -1,0 +1,86 @@
+"""Drivers of phydi::phm_linear and phydi::phm_linear_weight_grad."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from ...plans_cuda import CudaPlan, mix_splits
+from . import capability
+from ._launch import product
+from .combine import block_dots, combine
+from .configs import Config, config, stream_kernel
+from .mix_product import mix_product
+from .panel_product import panel_product, rows_window
+
+
+def blocks(rows: Tensor, count: int) -> Tensor:
+    """(B, count * size) as (count, B, size)."""
+    return rows.unflatten(1, (count, rows.shape[1] // count)).transpose(0, 1)
+
+
+def as_rows(t: Tensor) -> Tensor:
+    return t.reshape(-1, t.shape[-1])
+
+
+def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if t is None else t.contiguous() for t in tensors]
+
+
+def phm_linear(
+    x: Tensor,
+    A: Tensor,
+    F: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    alpha: Tensor | None,
+    activation: str,
+    plan: CudaPlan,
+) -> Tensor:
+    n, P, Q = A.shape
+    _, p, q = F.shape
+    rows, rest = as_rows(x), None if residual is None else as_rows(residual)
+    bias, alpha = contiguous(bias, alpha)
+    relu = activation == "relu"
+    if plan is CudaPlan.STREAM:
+        kernel, M = stream_kernel(len(rows) * P), len(rows) * P
+
+        def run(tile: Config) -> Tensor:
+            splits = mix_splits(M, p, q, tile[:3], capability(x.device))
+            return mix_product(rows, A, F, bias, rest, alpha, relu, tile, splits)
+    else:
+        kernel, window = "panel", rows_window(rows.stride(0))
+
+        def run(tile: Config) -> Tensor:
+            return panel_product(rows, A, F.unsqueeze(2), bias, rest, alpha, relu, window, tile)
+
+    y = run(config(kernel, x.dtype, n, p, x.device, run))
+    return y.view(*x.shape[:-1], P * p)
+
+
+def split_panels(panels: Iterable[Tensor], A: Tensor, F: Tensor) -> tuple[Tensor, Tensor]:
+    """(dA, dF) from the P panels of G = dL/dH, each (Q, p, ...) of one block of outputs; F (n, p, ...).
+
+    dA[i,k,l] = <F_i, G_kl>, dF_i = sum_kl A[i,k,l] G_kl: a panel is read and dropped before the next is formed.
+    """
+    n, P, _ = A.shape
+    dA = []
+    total = torch.empty(F.shape, dtype=torch.float32, device=F.device)
+    dF = torch.empty(F.shape, dtype=F.dtype, device=F.device)
+    for k, panel in enumerate(panels):
+        dA.append(block_dots(F, panel))
+        combine(panel, A[:, k], total if k < P - 1 else dF, residual=total if k else None)
+    return torch.stack(dA, 1).to(A.dtype), dF
+
+
+def phm_linear_weight_grad(grad: Tensor, x: Tensor, A: Tensor, F: Tensor) -> tuple[Tensor, Tensor]:
+    _, P, Q = A.shape
+    g, rows = blocks(as_rows(grad), P), as_rows(x)
+
+    def panels() -> Iterator[Tensor]:
+        for k in range(P):
+            yield blocks(product(g[k].t(), rows), Q)
+
+    return split_panels(panels(), A, F)

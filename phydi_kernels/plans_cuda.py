@@ -1,0 +1,264 @@
+"""Which plan computes a call on a CUDA device: a pure function of shapes, types and compute capability.
+
+Plans of phm_linear, for y_k = sum_{i,l} A[i,k,l] F_i x_l:
+
+* stream: mixed rows sum_l A[i,k,l] x_l, formed where they are used, against F, which is read once.
+* panel: tiles of H formed in registers, one product.
+
+With A[i,k,l] = sum_r U[r,i] V[r,k] W[r,l] known, these for A, or y_k = sum_r V[r,k] F-hat_r x-hat_r by
+
+* fused: one kernel that forms x-hat where it is used and adds each product to P results in registers;
+* epilogue: X-hat first, then the same;
+* passes: X-hat, a batched product by cuBLAS or cuDNN, and the sum over Y-hat with the epilogue.
+
+Convolutions have panel and mix (torch's convolution of mixed inputs), or the last three. Everything else is composed
+of torch's operators: float64, mixed types, algebras of too many terms, cards older than compute capability 8.0.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple, TypeGuard
+
+import torch
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Terms that combine adds in registers, terms of which a tile of H is formed, results that a tile of products keeps.
+MAX_BLOCKS = 32
+MAX_FORMED = 8
+MAX_RESULTS = 4
+MAX_FORMED_INPUTS = 4
+# Taps of an implicit GEMM; more make torch's transforms worth it.
+MAX_TAPS = 9
+
+
+class CudaPlan(enum.Enum):
+    STREAM = "stream"
+    PANEL = "panel"
+    MIX = "mix"
+    FUSED = "fused"
+    EPILOGUE = "epilogue"
+    PASSES = "passes"
+    COMPOSED = "composed"
+
+
+class Card(NamedTuple):
+    """What the choice rests on; benchmarks/gpu_model.py names the sources and models more."""
+
+    processors: int
+    products: float  # multiplications a microsecond in 16-bit tensor cores, all processors
+    bandwidth: float  # bytes a microsecond of device memory
+
+
+CARDS = {
+    80: Card(108, 156e6, 2.0e6),
+    89: Card(128, 82e6, 1.0e6),
+    90: Card(132, 495e6, 3.35e6),
+    100: Card(148, 1125e6, 8.0e6),
+    120: Card(170, 105e6, 1.8e6),
+}
+# Products of 16-bit operands: 1; of float32 in TF32, and in float32 units.
+_SLOWER = {"16-bit": 1.0, "tf32": 2.0, "ieee": 16.0}
+# What a kernel reaches of these rates, cuBLAS's among them.
+_LIBRARY = 0.7
+_PANEL = 0.55
+_EPILOGUE = 0.5
+_FUSED = 0.4
+_STREAM = 0.4
+_MEMORY = 0.9
+# Microseconds from the end of a kernel to the start of the next.
+_GAP = 1.5
+
+
+def architecture(capability: int) -> int:
+    """The newest architecture of the tables that a card of this capability is at least; 0 below 8.0."""
+    return max((a for a in CARDS if a <= capability), default=0)
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def dtype_class(dtype: torch.dtype | None, tf32: bool) -> str:
+    return "16-bit" if dtype is not torch.float32 else "tf32" if tf32 else "ieee"
+
+
+class _Costs:
+    """Microseconds of the parts of a plan."""
+
+    def __init__(self, dtype: torch.dtype, tf32: bool, capability: int) -> None:
+        self.card = CARDS[architecture(capability)]
+        self.size = dtype.itemsize
+        # Multiplications a microsecond of one processor.
+        self.rate = self.card.products / self.card.processors / _SLOWER[dtype_class(dtype, tf32)]
+
+    def memory(self, entries: float) -> float:
+        return entries * self.size / (self.card.bandwidth * _MEMORY)
+
+    def tiles(self, count: int, multiplications: float, efficiency: float) -> float:
+        """``count`` tiles of a result on all processors, a whole number of times."""
+        return _cdiv(count, self.card.processors) * multiplications / (self.rate * efficiency)
+
+    def product(self, batch: int, M: int, N: int, K: int, efficiency: float, tile: tuple[int, int]) -> float:
+        rows, columns = tile
+        tiles = batch * _cdiv(M, rows) * _cdiv(N, columns)
+        return self.tiles(tiles, rows * columns * K, efficiency)
+
+
+def _linear_costs(costs: _Costs, rows: int, n: int, P: int, Q: int, p: int, q: int) -> dict[CudaPlan, float]:
+    M, memory = rows * P, costs.memory(n * p * q + rows * (P * p + Q * q))
+    panel = costs.product(P, rows, p, Q * q, _PANEL, (128, 128))
+    # The sum is split, so that all processors have a part.
+    stream = _cdiv(M, mix_rows(M)) * mix_rows(M) * p * n * q / (costs.rate * costs.card.processors * _STREAM)
+    return {CudaPlan.PANEL: max(panel, memory) + _GAP, CudaPlan.STREAM: max(stream, memory) + 2 * _GAP}
+
+
+def mix_rows(M: int) -> int:
+    """Rows of a tile of the stream plan."""
+    return 16 if M <= 16 else 64 if M <= 64 else 128
+
+
+def mix_splits(M: int, p: int, q: int, tile: Sequence[int], capability: int) -> int:
+    """In how many parts the stream plan sums over q, so that its tiles occupy the card."""
+    tiles = max(1, _cdiv(M, tile[0]) * _cdiv(p, tile[1]))
+    return max(1, min(_cdiv(q, tile[2]), MAX_BLOCKS, CARDS[architecture(capability)].processors // tiles))
+
+
+def _supported(
+    dtype: torch.dtype | None, capability: int, sizes: Sequence[int], most: int = MAX_BLOCKS
+) -> TypeGuard[torch.dtype]:
+    """Whether the kernels take these types and numbers of blocks."""
+    return dtype in DTYPES and architecture(capability) > 0 and min(sizes) > 0 and max(sizes) <= most
+
+
+def _best(cost: dict[CudaPlan, float]) -> CudaPlan:
+    return min(cost, key=cost.__getitem__, default=CudaPlan.COMPOSED)
+
+
+@lru_cache(maxsize=4096)
+def phm_linear(
+    rows: int,
+    n: int,
+    P: int,
+    Q: int,
+    p: int,
+    q: int,
+    dtype: torch.dtype | None,
+    tf32: bool,
+    capability: int,
+) -> CudaPlan:
+    """The plan of one phm_linear call: ``rows`` input rows, A (n, P, Q), F (n, p, q), of these types."""
+    if not _supported(dtype, capability, (n, P, Q), MAX_FORMED) or not p * q:
+        return CudaPlan.COMPOSED
+    return _best(_linear_costs(_Costs(dtype, tf32, capability), rows, n, P, Q, p, q))
+
+
+@lru_cache(maxsize=4096)
+def weight_grad(n: int, P: int, Q: int, size: int, dtype: torch.dtype | None, capability: int) -> CudaPlan:
+    """PASSES: panels of dL/dH by cuBLAS or cuDNN, split into dA and dF; ``size`` entries of F."""
+    return CudaPlan.PASSES if size and _supported(dtype, capability, (n, P, Q)) else CudaPlan.COMPOSED
+
+
+def _factored_costs(
+    costs: _Costs,
+    pixels: int,
+    outputs: int,
+    n: int,
+    P: int,
+    Q: int,
+    p: int,
+    q: int,
+    taps: int,
+    R: int,
+    combines: bool,
+) -> dict[CudaPlan, float]:
+    weights = p * q * taps
+    form = costs.memory((n + R) * weights) + _GAP if combines else 0.0
+    X, X_hat, Y, Y_hat = pixels * Q * q, R * pixels * q, outputs * P * p, R * outputs * p
+    read = R * weights
+    passes = costs.product(R, outputs, p, q * taps, _LIBRARY, (128, 128))
+    passes = max(passes, costs.memory(X_hat + read + Y_hat)) + costs.memory(X + X_hat + Y_hat + Y) + 3 * _GAP
+    result = {CudaPlan.PASSES: passes + form}
+    if P <= MAX_RESULTS:
+        products = costs.product(1, outputs, p, R * q * taps, _EPILOGUE, (128, 64))
+        products = max(products, costs.memory(X_hat + read + Y)) + costs.memory(X + X_hat) + 2 * _GAP
+        result[CudaPlan.EPILOGUE] = products + form
+        if Q <= MAX_FORMED_INPUTS:
+            products = costs.product(1, outputs, p, R * q * taps, _FUSED, (64, 128))
+            result[CudaPlan.FUSED] = max(products, costs.memory(X + read + Y)) + _GAP + form
+    return result
+
+
+@lru_cache(maxsize=4096)
+def phm_linear_factored(
+    rows: int,
+    n: int,
+    P: int,
+    Q: int,
+    p: int,
+    q: int,
+    R: int,
+    combines: bool,
+    dtype: torch.dtype | None,
+    tf32: bool,
+    capability: int,
+) -> CudaPlan:
+    """The plan of one phm_linear_factored call of R terms; ``combines``: the weights are sum_i U[r,i] F_i, not F."""
+    if not _supported(dtype, capability, (n, P, Q, R)) or not p * q:
+        return CudaPlan.COMPOSED
+    costs = _Costs(dtype, tf32, capability)
+    result = _factored_costs(costs, rows, rows, n, P, Q, p, q, 1, R, combines)
+    if max(n, P, Q) <= MAX_FORMED:
+        result |= {plan: cost + _GAP for plan, cost in _linear_costs(costs, rows, n, P, Q, p, q).items()}
+    return _best(result)
+
+
+@lru_cache(maxsize=4096)
+def factored_grad(n: int, P: int, Q: int, R: int, size: int, dtype: torch.dtype | None, capability: int) -> CudaPlan:
+    """PASSES: X-hat, G-hat and three batched products, of linear layers and of convolutions; ``size`` entries of F."""
+    return CudaPlan.PASSES if size and _supported(dtype, capability, (n, P, Q, R)) else CudaPlan.COMPOSED
+
+
+def _implicit(kernel: Sequence[int]) -> bool:
+    return len(kernel) < 3 and math.prod(kernel) <= MAX_TAPS
+
+
+@lru_cache(maxsize=4096)
+def phc_conv(
+    n: int, P: int, Q: int, size: int, kernel: tuple[int, ...], dtype: torch.dtype | None, capability: int
+) -> CudaPlan:
+    """The plan of one convolution, F of ``size`` entries, or of its input's gradient as one of reversed filters.
+
+    ``kernel`` is empty where that gradient is not a convolution: of a stride, or of more padding than filters.
+    """
+    if not size or not _supported(dtype, capability, (n, P, Q)):
+        return CudaPlan.COMPOSED
+    return CudaPlan.PANEL if kernel and _implicit(kernel) and max(n, P, Q) <= MAX_FORMED else CudaPlan.MIX
+
+
+@lru_cache(maxsize=4096)
+def phc_conv_factored(
+    pixels: int,
+    outputs: int,
+    n: int,
+    P: int,
+    Q: int,
+    p: int,
+    q: int,
+    kernel: tuple[int, ...],
+    R: int,
+    combines: bool,
+    dtype: torch.dtype | None,
+    tf32: bool,
+    capability: int,
+) -> CudaPlan:
+    """The plan of one factored convolution; ``kernel`` as for phc_conv."""
+    if not _supported(dtype, capability, (n, P, Q, R)) or not p * q:
+        return CudaPlan.COMPOSED
+    if not kernel or not _implicit(kernel):
+        return CudaPlan.PASSES
+    costs = _Costs(dtype, tf32, capability)
+    return _best(_factored_costs(costs, pixels, outputs, n, P, Q, p, q, math.prod(kernel), R, combines))
