@@ -25,17 +25,20 @@ _DOTS_PROGRAMS = 1024
 
 
 @triton.jit
-def epilogue(h, channel, in_channel, residual, mask, bias, alpha, ALPHA: tl.constexpr, RELU: tl.constexpr):
-    """residual + alpha * act(h + bias) of a tile; ``channel`` broadcasts to it, ``residual`` are pointers."""
+def epilogue(h, first, channel, in_channel, residual, mask, bias, alpha, ALPHA: tl.constexpr, RELU: tl.constexpr):
+    """residual + alpha * act(h + bias) of a tile.
+
+    Its channels are those from ``first``, ``channel`` broadcasts to the tile, and ``residual`` are pointers.
+    """
     if bias is not None:
-        h += tl.load(bias + channel, mask=in_channel, other=0.0).to(tl.float32)
+        h += tl.load(bias + first + channel, mask=in_channel, other=0.0).to(tl.float32)
     if RELU:
         # Not maximum: that drops NaN.
         h = tl.where(h <= 0.0, 0.0, h)
     if ALPHA == 1:
         h *= tl.load(alpha).to(tl.float32)
     if ALPHA == 2:
-        h *= tl.load(alpha + channel, mask=in_channel, other=0.0).to(tl.float32)
+        h *= tl.load(alpha + first + channel, mask=in_channel, other=0.0).to(tl.float32)
     if residual is not None:
         h += tl.load(residual, mask=mask, other=0.0).to(tl.float32)
     return h
@@ -94,7 +97,7 @@ def combine_kernel(
             of_residual = None
             if residual is not None:
                 of_residual = residual + c * residual_c + m * residual_m + j * residual_j
-            h = epilogue(h, c * J + j, j < J, of_residual, mask, bias, alpha, ALPHA, RELU)
+            h = epilogue(h, c * J, j, j < J, of_residual, mask, bias, alpha, ALPHA, RELU)
             tl.store(out + c * out_c + m * out_m + j * out_j, h, mask=mask)
 
 

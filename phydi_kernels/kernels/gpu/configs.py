@@ -30,38 +30,44 @@ class Config(NamedTuple):
     stages: int
 
 
-# Kernel, type, algebra (n, or P for the kernels of R products) -> {architecture: tiles}; 0 where none is named.
-TABLE: dict[tuple[str, str, str], dict[int, Config]] = {
-    ("stream16", "16-bit", "n<=4"): {0: Config(16, 64, 32, 4, 4)},
-    ("stream64", "16-bit", "n<=4"): {0: Config(64, 64, 32, 4, 3)},
-    ("stream128", "16-bit", "n<=4"): {0: Config(64, 64, 32, 4, 3), 90: Config(128, 128, 32, 8, 3)},
-    ("stream16", "16-bit", "n>4"): {0: Config(16, 64, 16, 4, 3)},
-    ("stream64", "16-bit", "n>4"): {0: Config(64, 64, 16, 8, 3)},
-    ("stream128", "16-bit", "n>4"): {0: Config(64, 64, 16, 8, 3)},
-    ("stream16", "tf32", "n<=4"): {0: Config(16, 64, 32, 4, 3)},
-    ("stream64", "tf32", "n<=4"): {0: Config(64, 64, 16, 4, 3)},
-    ("stream128", "tf32", "n<=4"): {0: Config(64, 64, 16, 4, 3)},
-    ("stream16", "tf32", "n>4"): {0: Config(16, 64, 16, 4, 3)},
-    ("stream64", "tf32", "n>4"): {0: Config(64, 64, 16, 8, 2)},
-    ("stream128", "tf32", "n>4"): {0: Config(64, 64, 16, 8, 2)},
-    ("stream16", "ieee", "n<=4"): {0: Config(16, 64, 32, 4, 3)},
-    ("stream64", "ieee", "n<=4"): {0: Config(64, 64, 16, 8, 3)},
-    ("stream128", "ieee", "n<=4"): {0: Config(64, 64, 16, 8, 3)},
-    ("stream16", "ieee", "n>4"): {0: Config(16, 64, 16, 4, 3)},
-    ("stream64", "ieee", "n>4"): {0: Config(64, 64, 16, 8, 2)},
-    ("stream128", "ieee", "n>4"): {0: Config(64, 64, 16, 8, 2)},
-    ("panel", "16-bit", "n<=4"): {0: Config(128, 128, 32, 8, 3)},
-    ("panel", "16-bit", "n>4"): {0: Config(128, 128, 32, 8, 2)},
-    ("panel", "tf32", "n<=4"): {0: Config(128, 128, 16, 8, 3), 80: Config(128, 128, 32, 8, 3)},
-    ("panel", "tf32", "n>4"): {0: Config(128, 128, 16, 8, 2)},
-    ("panel", "ieee", "n<=4"): {0: Config(64, 64, 32, 8, 3)},
-    ("panel", "ieee", "n>4"): {0: Config(64, 64, 32, 8, 2)},
-    ("fused", "16-bit", "n<=4"): {0: Config(64, 128, 32, 8, 3)},
-    ("fused", "tf32", "n<=4"): {0: Config(64, 64, 16, 8, 3)},
-    ("fused", "ieee", "n<=4"): {0: Config(64, 32, 16, 8, 3)},
-    ("epilogue", "16-bit", "n<=4"): {0: Config(128, 64, 32, 8, 3)},
-    ("epilogue", "tf32", "n<=4"): {0: Config(64, 64, 32, 8, 3)},
-    ("epilogue", "ieee", "n<=4"): {0: Config(64, 32, 32, 8, 3)},
+# Kernel, type, most terms (n, or P for the kernels of R products) -> {architecture: tiles}; 0 where none is named.
+TABLE: dict[tuple[str, str, int], dict[int, Config]] = {
+    ("stream16", "16-bit", 4): {0: Config(16, 64, 32, 4, 4)},
+    ("stream16", "16-bit", 8): {0: Config(16, 64, 16, 4, 3)},
+    ("stream16", "tf32", 4): {0: Config(16, 64, 32, 4, 3)},
+    ("stream16", "tf32", 8): {0: Config(16, 64, 16, 4, 3)},
+    ("stream16", "ieee", 4): {0: Config(16, 64, 32, 4, 3)},
+    ("stream16", "ieee", 8): {0: Config(16, 64, 16, 4, 3)},
+    ("stream64", "16-bit", 4): {0: Config(64, 64, 32, 4, 3)},
+    ("stream64", "16-bit", 8): {0: Config(64, 64, 16, 8, 3), 80: Config(64, 64, 16, 8, 2)},
+    ("stream64", "tf32", 4): {0: Config(64, 64, 16, 4, 3)},
+    ("stream64", "tf32", 8): {0: Config(64, 64, 16, 8, 2)},
+    ("stream64", "ieee", 4): {0: Config(64, 64, 16, 8, 3)},
+    ("stream64", "ieee", 8): {0: Config(64, 64, 16, 8, 2)},
+    ("stream128", "16-bit", 4): {0: Config(64, 64, 32, 4, 3), 90: Config(128, 128, 32, 8, 3)},
+    ("stream128", "16-bit", 8): {0: Config(64, 64, 16, 8, 3), 80: Config(64, 64, 16, 8, 2)},
+    ("stream128", "tf32", 4): {0: Config(64, 64, 16, 4, 3)},
+    ("stream128", "tf32", 8): {0: Config(64, 64, 16, 8, 2)},
+    ("stream128", "ieee", 4): {0: Config(64, 64, 16, 8, 3)},
+    ("stream128", "ieee", 8): {0: Config(64, 64, 16, 8, 2)},
+    ("panel", "16-bit", 4): {0: Config(128, 128, 32, 8, 3)},
+    ("panel", "16-bit", 8): {0: Config(128, 128, 32, 8, 2)},
+    ("panel", "tf32", 4): {0: Config(128, 128, 16, 8, 3)},
+    ("panel", "tf32", 8): {0: Config(128, 128, 16, 8, 2)},
+    ("panel", "ieee", 4): {0: Config(64, 64, 32, 8, 3)},
+    ("panel", "ieee", 8): {0: Config(64, 64, 32, 8, 2)},
+    ("fused", "16-bit", 2): {0: Config(128, 64, 32, 8, 3)},
+    ("fused", "16-bit", 4): {0: Config(64, 128, 32, 8, 3)},
+    ("fused", "tf32", 4): {0: Config(64, 64, 16, 8, 3)},
+    ("fused", "ieee", 4): {0: Config(64, 32, 16, 8, 3)},
+    ("epilogue", "16-bit", 2): {
+        0: Config(128, 64, 32, 8, 3),
+        90: Config(128, 128, 32, 8, 3),
+        100: Config(128, 128, 32, 8, 3),
+    },
+    ("epilogue", "16-bit", 4): {0: Config(128, 64, 32, 8, 3)},
+    ("epilogue", "tf32", 4): {0: Config(64, 64, 32, 8, 3)},
+    ("epilogue", "ieee", 4): {0: Config(64, 32, 16, 8, 3)},
 }
 
 
@@ -69,8 +75,10 @@ def stream_kernel(M: int) -> str:
     return f"stream{mix_rows(M)}"
 
 
-def key(kernel: str, dtype: torch.dtype, n: int) -> tuple[str, str, str]:
-    return kernel, dtype_class(dtype, precision(dtype) == "tf32"), "n<=4" if n <= 4 else "n>4"
+def key(kernel: str, dtype: torch.dtype, n: int) -> tuple[str, str, int]:
+    """The key of TABLE for ``n`` terms: the one of the fewest that holds them."""
+    of_dtype = dtype_class(dtype, precision(dtype) == "tf32")
+    return kernel, of_dtype, min(most for name, kind, most in TABLE if (name, kind) == (kernel, of_dtype) and n <= most)
 
 
 def fixed(kernel: str, dtype: torch.dtype, n: int, p: int, arch: int) -> Config:
@@ -93,7 +101,7 @@ def config(
     if not autotunes() or device.type != "cuda":
         return tile
     card = torch.cuda.get_device_name(device)
-    name = "/".join((*key(kernel, dtype, n), f"{tile.block_n} features"))
+    name = "/".join(map(str, (*key(kernel, dtype, n), tile.block_n)))
     known = load_cache(cache_file()).get(card, {})
     if name not in known and not torch.cuda.is_current_stream_capturing():
         known = {name: fastest(neighbours(tile), run)}

@@ -31,6 +31,7 @@ def mix_product_kernel(
     q,
     steps,
     x_b,
+    x_l,
     x_s,
     a_i,
     a_k,
@@ -75,7 +76,7 @@ def mix_product_kernel(
         blocks = ()
         for _ in tl.static_range(Q):
             blocks = blocks + (tl.load(pointers, mask=in_m[:, None] & in_s[None, :], other=0.0).to(tl.float32),)
-            pointers += q * x_s
+            pointers += x_l
         pointers = of_F + (s * f_s)[:, None]
         for i in tl.static_range(N):
             mixed = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
@@ -95,7 +96,7 @@ def mix_product_kernel(
     of_residual = None
     if residual is not None:
         of_residual = residual + (b * residual_b)[:, None] + j * residual_j
-    acc = epilogue(acc, j, mask, of_residual, mask, bias, alpha, ALPHA, RELU)
+    acc = epilogue(acc, 0, j, mask, of_residual, mask, bias, alpha, ALPHA, RELU)
     place = tl.program_id(1).to(tl.int64) * out_split + (m * p)[:, None] + r[None, :]
     tl.store(out + place, acc, mask=mask)
 
@@ -133,7 +134,9 @@ def mix_product(
         p,
         q,
         steps,
-        *x.stride(),
+        x.stride(0),
+        q * x.stride(1),
+        x.stride(1),
         *A.stride(),
         *F.stride(),
         0 if whole else out.stride(0),

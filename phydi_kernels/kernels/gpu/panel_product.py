@@ -115,12 +115,13 @@ def panel_product_kernel(
     tiles_r = tl.cdiv(p, BLOCK_N)
     tile_b, tile_w = tile_of(tl.program_id(0), tl.cdiv(B, BLOCK_M), P * tiles_r)
     k = tile_w // tiles_r
-    r = (tile_w % tiles_r).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    first = (tile_w % tiles_r).to(tl.int64) * BLOCK_N
+    r = tl.arange(0, BLOCK_N)
     b = tile_b.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    in_r, in_b = r < p, b < B
+    in_r, in_b = first + r < p, b < B
     image, h, w = place_in_image(b, out_height, out_width, stride_h, stride_w, padding_h, padding_w, IMAGE)
     of_x = x + image * x_image
-    of_F = F + (r * f_r)[:, None]
+    of_F = F + ((first + r) * f_r)[:, None]
     steps = tl.cdiv(q, BLOCK_K)
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for step in range(TAPS_H * TAPS_W * Q * steps):
@@ -128,7 +129,10 @@ def panel_product_kernel(
         in_s = s < q
         l = step // steps % Q  # noqa: E741
         tap = step // (steps * Q)
-        pointers = of_F + tap * f_tap + (s * f_s)[None, :]
+        pointers = of_F + (s * f_s)[None, :]
+        if TAPS_H * TAPS_W > 1:
+            # The stride of a single tap says nothing: one that 16 does not divide would cost the wide loads.
+            pointers += tap.to(tl.int64) * f_tap
         panel = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
         for i in tl.static_range(N):
             term = tl.load(pointers, mask=in_r[:, None] & in_s[None, :], other=0.0).to(tl.float32)
@@ -143,12 +147,13 @@ def panel_product_kernel(
         values = tl.load(columns, mask=in_s[:, None] & inside[None, :], other=0.0).to(DOT)
         acc = tl.dot(panel.to(DOT), values, acc, input_precision=PRECISION)
     mask = in_r[:, None] & in_b[None, :]
-    j = (k * p + r)[:, None]
+    first += k * p
     of_residual = None
     if residual is not None:
-        of_residual = residual + (b * residual_b)[None, :] + j * residual_j
-    acc = epilogue(acc, j, in_r[:, None], of_residual, mask, bias, alpha, ALPHA, RELU)
-    tl.store(out + (b * out_b)[None, :] + j, acc, mask=mask)
+        of_residual = residual + first * residual_j + (r.to(tl.int64) * residual_j)[:, None]
+        of_residual += (b * residual_b)[None, :]
+    acc = epilogue(acc, first, r[:, None], in_r[:, None], of_residual, mask, bias, alpha, ALPHA, RELU)
+    tl.store((out + first + b * out_b)[None, :] + r[:, None], acc, mask=mask)
 
 
 def panel_product(

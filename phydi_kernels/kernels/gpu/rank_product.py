@@ -42,6 +42,7 @@ def rank_product_kernel(
     f_tap,
     f_s,
     x_r,
+    x_l,
     x_s,
     x_image,
     x_h,
@@ -74,11 +75,12 @@ def rank_product_kernel(
 ):
     tile_b, tile_w = tile_of(tl.program_id(0), tl.cdiv(B, BLOCK_M), tl.cdiv(p, BLOCK_N))
     b = tile_b.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    o = tile_w.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    in_b, in_o = b < B, o < p
+    first = tile_w.to(tl.int64) * BLOCK_N
+    o = tl.arange(0, BLOCK_N)
+    in_b, in_o = b < B, first + o < p
     image, h, w = place_in_image(b, out_height, out_width, stride_h, stride_w, padding_h, padding_w, IMAGE)
     of_x = x + image * x_image
-    of_F = F + (o * f_p)[None, :]
+    of_F = F + ((first + o) * f_p)[None, :]
     steps = tl.cdiv(q, BLOCK_K)
     sums = ()
     for _ in tl.static_range(P):
@@ -103,9 +105,11 @@ def rank_product_kernel(
                 for l in tl.static_range(Q):  # noqa: E741
                     block = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
                     total += tl.load(W + r * w_r + l * w_l).to(tl.float32) * block
-                    pointers += q * x_s
+                    pointers += x_l
                 mixed = total.to(DOT)
-            columns = of_F + tap * f_tap + (s * f_s)[:, None]
+            columns = of_F + (s * f_s)[:, None]
+            if TAPS_H * TAPS_W > 1:
+                columns += tap.to(tl.int64) * f_tap
             weights = tl.load(columns, mask=in_s[:, None] & in_o[None, :], other=0.0).to(DOT)
             product = tl.dot(mixed, weights, product, input_precision=PRECISION)
         of_F += f_r
@@ -115,13 +119,16 @@ def rank_product_kernel(
             updated = updated + (sums[k] + tl.load(V + r * v_r + k * v_k).to(tl.float32) * product,)
         sums = updated
     mask = in_b[:, None] & in_o[None, :]
+    # Columns of a tile count from its first, in 32 bits, and one block follows the other: fewer registers.
     for k in tl.static_range(P):
-        j = (k * p + o)[None, :]
+        tl.debug_barrier()
+        start = first + k * p
         of_residual = None
         if residual is not None:
-            of_residual = residual + (b * residual_b)[:, None] + j * residual_j
-        y = epilogue(sums[k], j, in_o[None, :], of_residual, mask, bias, alpha, ALPHA, RELU)
-        tl.store(out + (b * out_b)[:, None] + j, y, mask=mask)
+            columns = residual + start * residual_j + (o.to(tl.int64) * residual_j)[None, :]
+            of_residual = columns + (b * residual_b)[:, None]
+        y = epilogue(sums[k], start, o[None, :], in_o[None, :], of_residual, mask, bias, alpha, ALPHA, RELU)
+        tl.store((out + start + b * out_b)[:, None] + o[None, :], y, mask=mask)
 
 
 def rank_product(
@@ -164,6 +171,7 @@ def rank_product(
         *((0, 0) if W is None else W.stride()),
         *F_hat.stride(),
         x.stride(0) if W is None else 0,
+        q * x.stride(-1),
         x.stride(-1),
         *window.strides,
         out.stride(0),
