@@ -12,12 +12,14 @@ from typing import Any
 import torch
 
 from . import __version__
-from .kernels import cpu, cuda
+from .kernels import cpu, cuda, gpu
+from .plans_cuda import DTYPES, MAX_BLOCKS
 
 _CONV_OPS = ("", "_input_grad", "_weight_grad", "_factored", "_factored_input_grad", "_factored_grad")
 OPS = ("phm_linear", "phm_linear_weight_grad", "phm_linear_factored", "phm_linear_factored_grad") + tuple(
     f"phc_conv{d}d{suffix}" for d in (1, 2, 3) for suffix in _CONV_OPS
 )
+_WITH_TRITON_KERNELS = OPS
 OPS += ("kernel_matrix", "gda_factor", "gda_apply", "symmetric_times", "eigh_small")
 _WITH_CUDA_KERNELS = ("kernel_matrix", "gda_factor", "eigh_small")
 
@@ -38,10 +40,12 @@ def build_info() -> dict[str, Any] | None:
     return host.build_info()
 
 
-def implementation(op: str, device_type: str) -> str:
-    """What ``torch.ops.phydi.<op>`` runs on tensors of a device type, as ``info`` and ``selftest`` name it."""
+def implementation(op: str, device_type: str, dtype: torch.dtype = torch.float32) -> str:
+    """What ``torch.ops.phydi.<op>`` runs on tensors of a device and dtype, as ``info`` and ``selftest`` name it."""
     if device_type == "cuda" and op in _WITH_CUDA_KERNELS and not cuda.load():
         return "CUDA C++"
+    if device_type == "cuda" and op in _WITH_TRITON_KERNELS and dtype in DTYPES and not gpu.status():
+        return "Triton"
     if device_type != "cpu":
         return _REFERENCE
     return "reference (library not loaded)" if cpu.load() else f"C++ {torch.ops.phydi_cpu.isa()}"
@@ -64,6 +68,7 @@ def collect() -> dict[str, Any]:
             "reason": reason,
             "instruction_set": None if reason else torch.ops.phydi_cpu.isa(),
         },
+        "triton": _triton(),
         "build": build_info(),
         "ops": {op: {device: implementation(op, device) for device in ("cpu", "cuda")} for op in OPS},
     }
@@ -96,6 +101,37 @@ def _cuda_devices() -> list[str]:
     return [f"{d.name}, sm_{d.major}{d.minor}, {d.total_memory / 2**30:.0f} GiB" for d in devices]
 
 
+def _triton() -> dict[str, Any]:
+    """The kernels of kernels/gpu, what they take, and where their tiles come from."""
+    why = gpu.status()
+    result: dict[str, Any] = {"reason": why, "dtypes": [str(d).removeprefix("torch.") for d in DTYPES]}
+    if not why:
+        configs = importlib.import_module(".kernels.gpu.configs", __package__)
+        measured = configs.load_cache(configs.cache_file())
+        result["version"] = importlib.import_module("triton").__version__
+        result["autotune"] = configs.autotunes()
+        result["cache_file"] = str(configs.cache_file())
+        result["measured"] = {card: {name: list(tile) for name, tile in of.items()} for card, of in measured.items()}
+    return result
+
+
+def _triton_rows(triton: dict[str, Any]) -> list[tuple[str, str]]:
+    if triton["reason"]:
+        return [("Triton", f"not used: {triton['reason']}")]
+    rows = [("Triton", f"{triton['version']}, for {', '.join(triton['dtypes'])}")]
+    rows.append(("", f"other or mixed dtypes and more than {MAX_BLOCKS} blocks or terms: {_REFERENCE}"))
+    count = sum(map(len, triton["measured"].values()))
+    source = "measured on this card" if triton["autotune"] else "from the package's table; PHYDI_AUTOTUNE=1 measures"
+    rows.append(("GPU tiles", source))
+    rows.append(("", f"{count} measured in {triton['cache_file']}"))
+    for card, tiles in triton["measured"].items():
+        rows += [
+            ("", f"{card}: {name} {'x'.join(map(str, t[:3]))}, {t[3]} warps, {t[4]} stages")
+            for name, t in tiles.items()
+        ]
+    return rows
+
+
 def _format(info: dict[str, Any]) -> str:
     processor, library, build = info["cpu"], info["library"], info["build"]
     rows = [
@@ -105,6 +141,7 @@ def _format(info: dict[str, Any]) -> str:
         ("CPU", f"{processor['model']}, torch runs {processor['threads']} threads"),
         ("CPU supports", " ".join(processor["instruction_sets"]) or "unknown"),
         ("CUDA devices", "; ".join(info["cuda"]["devices"]) or "none"),
+        *_triton_rows(info["triton"]),
         ("library", library["path"]),
         ("status", f"loaded, runs {library['instruction_set']}" if library["loaded"] else library["reason"]),
     ]

@@ -255,7 +255,7 @@ def run(args: argparse.Namespace) -> int:
         results.append(r)
         dtype, verdict = str(r.dtype).removeprefix("torch."), "passed" if r.passed else "FAILED"
         row = f"{r.op:32}{dtype:9}{r.error:9.1e}{r.tolerance:9.1e}{r.microseconds:8.0f} us  {verdict}"
-        print(f"{row}  {implementation(r.op, device.type)}", flush=True)
+        print(f"{row}  {implementation(r.op, device.type, r.dtype)}", flush=True)
     passed = sum(r.passed for r in results)
     print(f"{passed} passed, {len(results) - passed} failed")
     return 0 if passed == len(results) else 1

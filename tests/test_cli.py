@@ -68,6 +68,7 @@ def test_info_names_the_cuda_kernels_where_they_were_built(reason, monkeypatch):
     monkeypatch.setattr(info.cuda, "load", lambda: reason)
     compiled = {op for op in info.OPS if info.implementation(op, "cuda") == "CUDA C++"}
     assert compiled == (set() if reason else {"kernel_matrix", "gda_factor", "eigh_small"})
+    monkeypatch.setattr(info.gpu, "status", lambda: "there is no triton")
     others = {info.implementation(op, "cuda") for op in info.OPS if op not in compiled}
     assert others == {"reference (composed torch ops)"}
 

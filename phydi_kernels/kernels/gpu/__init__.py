@@ -11,7 +11,7 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from ...plans_cuda import architecture
+from ...plans_cuda import CARDS, architecture
 from .. import cpu
 
 
@@ -22,6 +22,14 @@ def reason(capability: int) -> str:
     if not architecture(capability):
         return f"compute capability {capability // 10}.{capability % 10} is below 8.0"
     return ""
+
+
+def status() -> str:
+    """Why CUDA tensors of this process cannot reach the kernels, or "": of the first device where there is one."""
+    if not torch.cuda.is_available():
+        return reason(min(CARDS))
+    major, minor = torch.cuda.get_device_capability()
+    return reason(10 * major + minor)
 
 
 @functools.cache
