@@ -50,25 +50,25 @@ class Card(NamedTuple):
 
     processors: int
     products: float  # multiplications a microsecond in 16-bit tensor cores, all processors
-    bandwidth: float  # bytes a microsecond of device memory
+    bandwidth: float  # bytes a microsecond of device memory,
+    l2: float  # and of the L2 cache
 
 
 CARDS = {
-    80: Card(108, 156e6, 2.0e6),
-    89: Card(128, 82e6, 1.0e6),
-    90: Card(132, 495e6, 3.35e6),
-    100: Card(148, 1125e6, 8.0e6),
-    120: Card(170, 105e6, 1.8e6),
+    80: Card(108, 156e6, 2.0e6, 7.2e6),
+    89: Card(128, 82e6, 1.0e6, 5.0e6),
+    90: Card(132, 495e6, 3.35e6, 9.4e6),
+    100: Card(148, 1125e6, 8.0e6, 19.0e6),
+    120: Card(170, 105e6, 1.8e6, 7.0e6),
 }
 # Products of 16-bit operands: 1; of float32 in TF32, and in float32 units.
 _SLOWER = {"16-bit": 1.0, "tf32": 2.0, "ieee": 16.0}
-# What a kernel reaches of these rates, cuBLAS's among them.
-_LIBRARY = 0.7
+# What a kernel reaches of these rates: cuBLAS, and tiles that are read; the others form tiles beside the products.
+_SUSTAINED = 0.7
 _PANEL = 0.55
-_EPILOGUE = 0.5
 _FUSED = 0.4
 _STREAM = 0.4
-_MEMORY = 0.9
+_MEMORY = 0.8
 # Microseconds from the end of a kernel to the start of the next.
 _GAP = 1.5
 
@@ -90,7 +90,7 @@ class _Costs:
     """Microseconds of the parts of a plan."""
 
     def __init__(self, dtype: torch.dtype, tf32: bool, capability: int) -> None:
-        self.card = CARDS[architecture(capability)]
+        self.capability, self.card = capability, CARDS[architecture(capability)]
         self.size = dtype.itemsize
         # Multiplications a microsecond of one processor.
         self.rate = self.card.products / self.card.processors / _SLOWER[dtype_class(dtype, tf32)]
@@ -98,30 +98,46 @@ class _Costs:
     def memory(self, entries: float) -> float:
         return entries * self.size / (self.card.bandwidth * _MEMORY)
 
-    def tiles(self, count: int, multiplications: float, efficiency: float) -> float:
-        """``count`` tiles of a result on all processors, a whole number of times."""
-        return _cdiv(count, self.card.processors) * multiplications / (self.rate * efficiency)
+    def l2(self, entries: float) -> float:
+        return entries * self.size / (self.card.l2 * _SUSTAINED)
 
-    def product(self, batch: int, M: int, N: int, K: int, efficiency: float, tile: tuple[int, int]) -> float:
-        rows, columns = tile
-        tiles = batch * _cdiv(M, rows) * _cdiv(N, columns)
-        return self.tiles(tiles, rows * columns * K, efficiency)
+    def tiles(self, count: int, multiplications: float, read: float, efficiency: float) -> float:
+        """``count`` tiles of a result on all processors, a whole number of times; each of so many multiplications, that
+        reads so many entries."""
+        waves = _cdiv(count, self.card.processors)
+        return waves * max(multiplications / (self.rate * efficiency), self.l2(read * self.card.processors))
 
 
 def _linear_costs(costs: _Costs, rows: int, n: int, P: int, Q: int, p: int, q: int) -> dict[CudaPlan, float]:
-    M, memory = rows * P, costs.memory(n * p * q + rows * (P * p + Q * q))
-    panel = costs.product(P, rows, p, Q * q, _PANEL, (128, 128))
-    # The sum is split, so that all processors have a part.
-    stream = _cdiv(M, mix_rows(M)) * mix_rows(M) * p * n * q / (costs.rate * costs.card.processors * _STREAM)
-    return {CudaPlan.PANEL: max(panel, memory) + _GAP, CudaPlan.STREAM: max(stream, memory) + 2 * _GAP}
+    memory = costs.memory(n * p * q + rows * (P * p + Q * q))
+    # Both form tiles with n or Q multiplications an entry, in ordinary units.
+    slower = 1.0 if max(n, Q) <= 4 else 0.5
+    width = 64 if max(n, P) <= 4 else 32
+    tiles = _cdiv(rows, 128) * _cdiv(p, width)
+    panel = costs.tiles(tiles, P * 128 * width * Q * q, (128 + n * width) * Q * q, _PANEL * slower)
+    M = stream_rows(rows, P)
+    tile, width = stream_tile(M), 128 if M > 64 else 64
+    splits = stream_splits(M, p, q, (tile, width, 64), costs.capability)
+    tiles = _cdiv(M, tile) * _cdiv(p, width) * splits
+    depth = _cdiv(q, splits)
+    read = (n * width + Q * tile // P) * depth
+    stream = costs.tiles(tiles, tile * width * n * depth, read, _STREAM * slower)
+    # The parts are float32, written and read.
+    stream = max(stream, memory) + (costs.l2(2 * splits * rows * P * p * 4 / costs.size) + _GAP if splits > 1 else 0.0)
+    return {CudaPlan.PANEL: max(panel, memory) + _GAP, CudaPlan.STREAM: stream + _GAP}
 
 
-def mix_rows(M: int) -> int:
-    """Rows of a tile of the stream plan."""
+def stream_rows(rows: int, P: int) -> int:
+    """Mixed rows of the stream plan: P for each row, filled up to a power of two."""
+    return rows << (P - 1).bit_length()
+
+
+def stream_tile(M: int) -> int:
+    """Mixed rows of a tile."""
     return 16 if M <= 16 else 64 if M <= 64 else 128
 
 
-def mix_splits(M: int, p: int, q: int, tile: Sequence[int], capability: int) -> int:
+def stream_splits(M: int, p: int, q: int, tile: Sequence[int], capability: int) -> int:
     """In how many parts the stream plan sums over q, so that its tiles occupy the card."""
     tiles = max(1, _cdiv(M, tile[0]) * _cdiv(p, tile[1]))
     return max(1, min(_cdiv(q, tile[2]), MAX_BLOCKS, CARDS[architecture(capability)].processors // tiles))
@@ -179,15 +195,18 @@ def _factored_costs(
     form = costs.memory((n + R) * weights) + _GAP if combines else 0.0
     X, X_hat, Y, Y_hat = pixels * Q * q, R * pixels * q, outputs * P * p, R * outputs * p
     read = R * weights
-    passes = costs.product(R, outputs, p, q * taps, _LIBRARY, (128, 128))
+    passes = costs.tiles(R * _cdiv(outputs, 128) * _cdiv(p, 128), 128 * 128 * q * taps, 256 * q * taps, _SUSTAINED)
     passes = max(passes, costs.memory(X_hat + read + Y_hat)) + costs.memory(X + X_hat + Y_hat + Y) + 3 * _GAP
     result = {CudaPlan.PASSES: passes + form}
     if P <= MAX_RESULTS:
-        products = costs.product(1, outputs, p, R * q * taps, _EPILOGUE, (128, 64))
+        K, tile = R * q * taps, 128 * 64
+        count = _cdiv(outputs, 128) * _cdiv(p, 64)
+        products = costs.tiles(count, tile * K, (128 + 64) * K, _SUSTAINED)
         products = max(products, costs.memory(X_hat + read + Y)) + costs.memory(X + X_hat) + 2 * _GAP
         result[CudaPlan.EPILOGUE] = products + form
         if Q <= MAX_FORMED_INPUTS:
-            products = costs.product(1, outputs, p, R * q * taps, _FUSED, (64, 128))
+            count = _cdiv(outputs, 64) * _cdiv(p, 128)
+            products = costs.tiles(count, tile * K, (64 * Q + 128) * K, _FUSED)
             result[CudaPlan.FUSED] = max(products, costs.memory(X + read + Y)) + _GAP + form
     return result
 

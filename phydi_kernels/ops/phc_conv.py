@@ -90,7 +90,7 @@ def _weight_grad_cpu(*args):
 
 def _forward_cuda(x, A, F, bias, stride, padding, dilation, residual, alpha, activation):
     args = (x, A, F, bias, stride, padding, dilation, residual, alpha, activation)
-    dtype, capability = gpu.common_dtype(x, A, F, bias, residual, alpha), gpu.capability(x.device)
+    dtype, capability = gpu.common_dtype((x, F, bias, residual, alpha), (A,)), gpu.capability(x.device)
     plan = plans_cuda.phc_conv(*A.shape, F.numel(), F.shape[3:], dtype, capability)
     if plan is CudaPlan.COMPOSED:
         return reference.phc_conv(*args)
@@ -109,7 +109,7 @@ def reversed_kernel(F: Tensor, stride: list[int], padding: list[int], dilation: 
 def _input_grad_cuda(grad, A, F, input_size, stride, padding, dilation):
     args = (grad, A, F, input_size, stride, padding, dilation)
     kernel = reversed_kernel(F, stride, padding, dilation)
-    dtype, capability = gpu.common_dtype(grad, A, F), gpu.capability(grad.device)
+    dtype, capability = gpu.common_dtype((grad, F), (A,)), gpu.capability(grad.device)
     plan = plans_cuda.phc_conv(*A.shape, F.numel(), kernel, dtype, capability)
     if plan is CudaPlan.COMPOSED:
         return reference.phc_conv_input_grad(*args)
@@ -120,7 +120,7 @@ def _input_grad_cuda(grad, A, F, input_size, stride, padding, dilation):
 
 def _weight_grad_cuda(grad, x, A, F, stride, padding, dilation):
     args = (grad, x, A, F, stride, padding, dilation)
-    dtype, capability = gpu.common_dtype(grad, x, A, F), gpu.capability(x.device)
+    dtype, capability = gpu.common_dtype((grad, x, F), (A,)), gpu.capability(x.device)
     if plans_cuda.weight_grad(*A.shape, F.numel(), dtype, capability) is CudaPlan.COMPOSED:
         return reference.phc_conv_weight_grad(*args)
     from ..kernels.gpu import phc_conv as driver

@@ -100,7 +100,7 @@ def _forward_cuda(x, U, V, W, F, bias, stride, padding, dilation, residual, alph
     (R, P), Q = V.shape, W.shape[1]
     n, p, q, *kernel = F.shape
     outputs = len(x) * math.prod(output_size(x.shape[2:], kernel, stride, padding, dilation))
-    dtype, capability = gpu.common_dtype(x, U, V, W, F, bias, residual, alpha), gpu.capability(x.device)
+    dtype, capability = gpu.common_dtype((x, F, bias, residual, alpha), (U, V, W)), gpu.capability(x.device)
     sizes = (pixels(x), outputs, n, P, Q, p, q, F.shape[3:], R)
     plan = plans_cuda.phc_conv_factored(*sizes, U is not None, dtype, gpu.tf32(), capability)
     if plan is CudaPlan.COMPOSED:
@@ -115,7 +115,7 @@ def _input_grad_cuda(grad, U, V, W, F, input_size, stride, padding, dilation):
     (R, P), Q = V.shape, W.shape[1]
     n, p, q = F.shape[:3]
     count = input_size[0] * math.prod(input_size[2:])
-    dtype, capability = gpu.common_dtype(grad, U, V, W, F), gpu.capability(grad.device)
+    dtype, capability = gpu.common_dtype((grad, F), (U, V, W)), gpu.capability(grad.device)
     sizes = (pixels(grad), count, n, Q, P, q, p, reversed_kernel(F, stride, padding, dilation), R)
     plan = plans_cuda.phc_conv_factored(*sizes, U is not None, dtype, gpu.tf32(), capability)
     if plan is CudaPlan.COMPOSED:
@@ -128,7 +128,7 @@ def _input_grad_cuda(grad, U, V, W, F, input_size, stride, padding, dilation):
 def _gradients_cuda(grad, x, U, V, W, F, stride, padding, dilation):
     args = (grad, x, U, V, W, F, stride, padding, dilation)
     sizes = (len(F), V.shape[1], W.shape[1], len(V), F.numel())
-    dtype, capability = gpu.common_dtype(grad, x, U, V, W, F), gpu.capability(x.device)
+    dtype, capability = gpu.common_dtype((grad, x, F), (U, V, W)), gpu.capability(x.device)
     if plans_cuda.factored_grad(*sizes, dtype, capability) is CudaPlan.COMPOSED:
         return reference.phc_conv_factored_grad(*args)
     from ..kernels.gpu import phc_conv_factored as driver

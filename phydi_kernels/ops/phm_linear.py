@@ -50,7 +50,7 @@ def _forward_cuda(
 ) -> Tensor:
     n, P, Q = A.shape
     _, p, q = F.shape
-    dtype, capability = gpu.common_dtype(x, A, F, bias, residual, alpha), gpu.capability(x.device)
+    dtype, capability = gpu.common_dtype((x, F, bias, residual, alpha), (A,)), gpu.capability(x.device)
     rows = math.prod(x.shape[:-1])
     plan = plans_cuda.phm_linear(rows, n, P, Q, p, q, dtype, gpu.tf32(), capability)
     if plan is CudaPlan.COMPOSED:
@@ -74,7 +74,7 @@ def _weight_grad_cpu(grad: Tensor, x: Tensor, A: Tensor, F: Tensor) -> tuple[Ten
 
 
 def _weight_grad_cuda(grad: Tensor, x: Tensor, A: Tensor, F: Tensor) -> tuple[Tensor, Tensor]:
-    dtype, capability = gpu.common_dtype(grad, x, A, F), gpu.capability(x.device)
+    dtype, capability = gpu.common_dtype((grad, x, F), (A,)), gpu.capability(x.device)
     if plans_cuda.weight_grad(*A.shape, F.numel(), dtype, capability) is CudaPlan.COMPOSED:
         return reference.phm_linear_weight_grad(grad, x, A, F)
     from ..kernels.gpu import phm_linear as driver

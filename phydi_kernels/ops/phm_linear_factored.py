@@ -56,7 +56,7 @@ def _forward_cuda(
 ) -> Tensor:
     R, P = V.shape
     n, p, q = F.shape
-    dtype, capability = gpu.common_dtype(x, U, V, W, F, bias, residual, alpha), gpu.capability(x.device)
+    dtype, capability = gpu.common_dtype((x, F, bias, residual, alpha), (U, V, W)), gpu.capability(x.device)
     sizes = (math.prod(x.shape[:-1]), n, P, W.shape[1], p, q, R)
     plan = plans_cuda.phm_linear_factored(*sizes, U is not None, dtype, gpu.tf32(), capability)
     if plan is CudaPlan.COMPOSED:
@@ -82,7 +82,7 @@ def _grad_cpu(grad: Tensor, x: Tensor, U: Tensor, V: Tensor, W: Tensor, F: Tenso
 
 def _grad_cuda(grad: Tensor, x: Tensor, U: Tensor, V: Tensor, W: Tensor, F: Tensor) -> tuple[Tensor, ...]:
     sizes = (len(F), V.shape[1], W.shape[1], len(V), F.numel())
-    dtype, capability = gpu.common_dtype(grad, x, U, V, W, F), gpu.capability(x.device)
+    dtype, capability = gpu.common_dtype((grad, x, F), (U, V, W)), gpu.capability(x.device)
     if plans_cuda.factored_grad(*sizes, dtype, capability) is CudaPlan.COMPOSED:
         return reference.phm_linear_factored_grad(grad, x, U, V, W, F)
     from ..kernels.gpu import phm_linear_factored as driver

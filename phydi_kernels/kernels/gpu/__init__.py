@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -47,10 +48,11 @@ def capability(device: torch.device) -> int:
     return 0 if why else 10 * major + minor
 
 
-def common_dtype(*tensors: Tensor | None) -> torch.dtype | None:
-    """The type of the tensors that are given, or None where they have several."""
+def common_dtype(tensors: Iterable[Tensor | None], algebra: Iterable[Tensor | None]) -> torch.dtype | None:
+    """The type of the tensors that are given, or None where they have several. The algebra's may be float32."""
     dtypes = {t.dtype for t in tensors if t is not None}
-    return dtypes.pop() if len(dtypes) == 1 else None
+    of_algebra = {t.dtype for t in algebra if t is not None} - {torch.float32}
+    return dtypes.pop() if len(dtypes) == 1 and of_algebra <= dtypes else None
 
 
 def tf32() -> bool:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 import triton
 
-from ...plans_cuda import architecture, dtype_class, mix_rows
+from ...plans_cuda import architecture, dtype_class, stream_tile
 from . import capability
 from ._launch import precision
 
@@ -72,7 +72,7 @@ TABLE: dict[tuple[str, str, int], dict[int, Config]] = {
 
 
 def stream_kernel(M: int) -> str:
-    return f"stream{mix_rows(M)}"
+    return f"stream{stream_tile(M)}"
 
 
 def key(kernel: str, dtype: torch.dtype, n: int) -> tuple[str, str, int]:
@@ -85,8 +85,8 @@ def fixed(kernel: str, dtype: torch.dtype, n: int, p: int, arch: int) -> Config:
     """The table's entry; where a block has fewer features than a tile, the narrowest tile that holds it."""
     entry = TABLE[key(kernel, dtype, n)]
     tile = entry.get(arch, entry[0])
-    # On sm_90 a tile of panel's, whose features are the rows of a product, has 64 of them at least.
-    narrow = 32 if p <= 32 and kernel != "panel" else 64
+    # Of stream features are the rows of a product: on sm_90 a warpgroup's has 64.
+    narrow = 32 if p <= 32 and not kernel.startswith("stream") else 64
     return tile._replace(block_n=min(tile.block_n, narrow)) if p <= 64 else tile
 
 

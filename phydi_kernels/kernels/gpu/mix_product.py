@@ -1,8 +1,8 @@
 """y = H x for a few rows, dense algebra: F is read once, 1/n of the dense weights.
 
-Rows m = (b, k) of mixed inputs sum_l A[i,k,l] x_l, formed where they are used, meet F_i:
-y[b,k] = sum_i F_i (sum_l A[i,k,l] x_l[b]). Few tiles of the result occupy a card, so the sum over q is split, and a
-second kernel adds the parts in a fixed order.
+Mixed rows m = (b, k), sum_l A[i,k,l] x_l[b], are formed where they are used and meet F_i:
+y[b,k] = sum_i F_i (sum_l A[i,k,l] x_l[b]). Few tiles of the result do not occupy a card, so the sum over q is split,
+and a second kernel adds the parts in a fixed order.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def mix_product_kernel(
     bias,
     residual,
     alpha,
-    M,
+    B,
     p,
     q,
     steps,
@@ -54,50 +54,55 @@ def mix_product_kernel(
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    tiles_n = tl.cdiv(p, BLOCK_N)
-    m = (tl.program_id(0) // tiles_n).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    r = (tl.program_id(0) % tiles_n).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    in_m, in_r = m < M, r < p
-    b, k = m // P, m % P
+    # The tile of the result is transposed, (features, rows): its rows are few, and mixed in shared memory.
+    K: tl.constexpr = triton.next_power_of_2(P)
+    tiles_r = tl.cdiv(p, BLOCK_N)
+    first = (tl.program_id(0) // tiles_r).to(tl.int64) * (BLOCK_M // K)
+    r = (tl.program_id(0) % tiles_r).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    b, k = first + tl.arange(0, BLOCK_M // K), tl.arange(0, K)
+    in_b, in_k, in_r = b < B, k < P, r < p
     # Where they fit in registers A's entries are loaded once.
     algebra = ()
     if HOLD:
         for i in tl.static_range(N):
             for l in tl.static_range(Q):  # noqa: E741
-                algebra = algebra + (tl.load(A + k * a_k + i * a_i + l * a_l, mask=in_m, other=0.0).to(tl.float32),)
+                algebra = algebra + (tl.load(A + k * a_k + i * a_i + l * a_l, mask=in_k, other=0.0).to(tl.float32),)
     start = tl.program_id(1) * steps * BLOCK_K
     of_x = x + (b * x_b)[:, None]
-    of_F = F + (r * f_r)[None, :]
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    of_F = F + (r * f_r)[:, None]
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for step in range(steps):
         s = (start + step * BLOCK_K).to(tl.int64) + tl.arange(0, BLOCK_K)
         in_s = s < q
         pointers = of_x + (s * x_s)[None, :]
         blocks = ()
         for _ in tl.static_range(Q):
-            blocks = blocks + (tl.load(pointers, mask=in_m[:, None] & in_s[None, :], other=0.0).to(tl.float32),)
+            blocks = blocks + (tl.load(pointers, mask=in_b[:, None] & in_s[None, :], other=0.0).to(tl.float32),)
             pointers += x_l
-        pointers = of_F + (s * f_s)[:, None]
+        pointers = of_F + (s * f_s)[None, :]
         for i in tl.static_range(N):
-            mixed = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+            mixed = tl.zeros((BLOCK_M // K, K, BLOCK_K), tl.float32)
             for l in tl.static_range(Q):  # noqa: E741
                 if HOLD:
                     entry = algebra[i * Q + l]
                 else:
                     # Volatile, or the compiler loads all of them before the loop.
-                    entry = tl.load(A + k * a_k + i * a_i + l * a_l, mask=in_m, other=0.0, volatile=True)
+                    entry = tl.load(A + k * a_k + i * a_i + l * a_l, mask=in_k, other=0.0, volatile=True)
                     entry = entry.to(tl.float32)
-                mixed += entry[:, None] * blocks[l]
-            weights = tl.load(pointers, mask=in_s[:, None] & in_r[None, :], other=0.0).to(DOT)
+                mixed += entry[None, :, None] * blocks[l][:, None, :]
+            rows = tl.reshape(mixed.to(DOT), (BLOCK_M, BLOCK_K))
+            weights = tl.load(pointers, mask=in_r[:, None] & in_s[None, :], other=0.0).to(DOT)
             pointers += f_i
-            acc = tl.dot(mixed.to(DOT), weights, acc, input_precision=PRECISION)
-    mask = in_m[:, None] & in_r[None, :]
-    j = (k * p)[:, None] + r[None, :]
+            acc = tl.dot(weights, tl.trans(rows), acc, input_precision=PRECISION)
+    m = tl.arange(0, BLOCK_M)
+    b, k = first + m // K, m % K
+    mask = in_r[:, None] & ((b < B) & (k < P))[None, :]
+    j = (k * p)[None, :] + r[:, None]
     of_residual = None
     if residual is not None:
-        of_residual = residual + (b * residual_b)[:, None] + j * residual_j
+        of_residual = residual + (b * residual_b)[None, :] + j * residual_j
     acc = epilogue(acc, 0, j, mask, of_residual, mask, bias, alpha, ALPHA, RELU)
-    place = tl.program_id(1).to(tl.int64) * out_split + (m * p)[:, None] + r[None, :]
+    place = tl.program_id(1).to(tl.int64) * out_split + ((b * P + k) * p)[None, :] + r[:, None]
     tl.store(out + place, acc, mask=mask)
 
 
@@ -121,16 +126,17 @@ def mix_product(
     splits = cdiv(cdiv(q, config.block_k), steps)
     whole = splits == 1
     out = y if whole else torch.empty((splits, B, P * p), dtype=torch.float32, device=x.device)
+    rows = config.block_m // triton.next_power_of_2(P)
     last = (bias, residual, alpha)
     launch(
         mix_product_kernel,
-        (cdiv(B * P, config.block_m) * cdiv(p, config.block_n), splits),
+        (cdiv(B, rows) * cdiv(p, config.block_n), splits),
         x,
         A,
         F,
         out,
         *(last if whole else (None, None, None)),
-        B * P,
+        B,
         p,
         q,
         steps,

@@ -1,6 +1,6 @@
 """y = H x for many rows, dense algebra: tiles of H are formed in registers, from F, and never stored.
 
-One kernel for linear layers and for convolutions of channels_last images: the rows of a product are pixels, and its
+A program has the same features of all P output blocks: its tiles of F, read once, make P tiles of H. One kernel for linear layers and for convolutions of channels_last images: the rows of a product are pixels, and its
 sum runs over the taps of the kernel as well (implicit GEMM).
 """
 
@@ -111,49 +111,55 @@ def panel_product_kernel(
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    # The tile of the result is transposed, (features, rows): a formed tile of H is the operand that stays in registers.
-    tiles_r = tl.cdiv(p, BLOCK_N)
-    tile_b, tile_w = tile_of(tl.program_id(0), tl.cdiv(B, BLOCK_M), P * tiles_r)
-    k = tile_w // tiles_r
-    first = (tile_w % tiles_r).to(tl.int64) * BLOCK_N
-    r = tl.arange(0, BLOCK_N)
+    tile_b, tile_w = tile_of(tl.program_id(0), tl.cdiv(B, BLOCK_M), tl.cdiv(p, BLOCK_N))
     b = tile_b.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    in_r, in_b = first + r < p, b < B
+    first = tile_w.to(tl.int64) * BLOCK_N
+    r = tl.arange(0, BLOCK_N)
+    in_b, in_r = b < B, first + r < p
     image, h, w = place_in_image(b, out_height, out_width, stride_h, stride_w, padding_h, padding_w, IMAGE)
     of_x = x + image * x_image
     of_F = F + ((first + r) * f_r)[:, None]
     steps = tl.cdiv(q, BLOCK_K)
-    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    sums = ()
+    for _ in tl.static_range(P):
+        sums = sums + (tl.zeros((BLOCK_M, BLOCK_N), tl.float32),)
     for step in range(TAPS_H * TAPS_W * Q * steps):
         s = (step % steps).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
         in_s = s < q
         l = step // steps % Q  # noqa: E741
         tap = step // (steps * Q)
-        pointers = of_F + (s * f_s)[None, :]
-        if TAPS_H * TAPS_W > 1:
-            # The stride of a single tap says nothing: one that 16 does not divide would cost the wide loads.
-            pointers += tap.to(tl.int64) * f_tap
-        panel = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-        for i in tl.static_range(N):
-            term = tl.load(pointers, mask=in_r[:, None] & in_s[None, :], other=0.0).to(tl.float32)
-            panel += tl.load(A + i * a_i + k * a_k + l * a_l).to(tl.float32) * term
-            pointers += f_i
         pixel, inside = of_x, in_b
         if IMAGE:
             h_tap, w_tap = h + tap // TAPS_W * dilation_h, w + tap % TAPS_W * dilation_w
             inside = in_b & (h_tap >= 0) & (h_tap < height) & (w_tap >= 0) & (w_tap < width)
             pixel = of_x + h_tap * x_h + w_tap * x_w
-        columns = pixel[None, :] + ((l * q + s) * x_s)[:, None]
-        values = tl.load(columns, mask=in_s[:, None] & inside[None, :], other=0.0).to(DOT)
-        acc = tl.dot(panel.to(DOT), values, acc, input_precision=PRECISION)
-    mask = in_r[:, None] & in_b[None, :]
-    first += k * p
-    of_residual = None
-    if residual is not None:
-        of_residual = residual + first * residual_j + (r.to(tl.int64) * residual_j)[:, None]
-        of_residual += (b * residual_b)[None, :]
-    acc = epilogue(acc, first, r[:, None], in_r[:, None], of_residual, mask, bias, alpha, ALPHA, RELU)
-    tl.store((out + first + b * out_b)[None, :] + r[:, None], acc, mask=mask)
+        pointers = pixel[:, None] + ((l * q + s) * x_s)[None, :]
+        values = tl.load(pointers, mask=inside[:, None] & in_s[None, :], other=0.0).to(DOT)
+        pointers = of_F + (s * f_s)[None, :]
+        if TAPS_H * TAPS_W > 1:
+            # The stride of a single tap says nothing: one that 16 does not divide would cost the wide loads.
+            pointers += tap.to(tl.int64) * f_tap
+        terms = ()
+        for _ in tl.static_range(N):
+            terms = terms + (tl.load(pointers, mask=in_r[:, None] & in_s[None, :], other=0.0).to(tl.float32),)
+            pointers += f_i
+        updated = ()
+        for k in tl.static_range(P):
+            panel = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+            for i in tl.static_range(N):
+                panel += tl.load(A + i * a_i + k * a_k + l * a_l).to(tl.float32) * terms[i]
+            updated = updated + (tl.dot(values, tl.trans(panel.to(DOT)), sums[k], input_precision=PRECISION),)
+        sums = updated
+    mask = in_b[:, None] & in_r[None, :]
+    for k in tl.static_range(P):
+        tl.debug_barrier()
+        start = first + k * p
+        of_residual = None
+        if residual is not None:
+            columns = residual + start * residual_j + (r.to(tl.int64) * residual_j)[None, :]
+            of_residual = columns + (b * residual_b)[:, None]
+        y = epilogue(sums[k], start, r[None, :], in_r[None, :], of_residual, mask, bias, alpha, ALPHA, RELU)
+        tl.store((out + start + b * out_b)[:, None] + r[None, :], y, mask=mask)
 
 
 def panel_product(
@@ -177,7 +183,7 @@ def panel_product(
     out = torch.empty((B, P * p), dtype=x.dtype, device=x.device)
     launch(
         panel_product_kernel,
-        (cdiv(B, config.block_m) * P * cdiv(p, config.block_n),),
+        (cdiv(B, config.block_m) * cdiv(p, config.block_n),),
         x,
         A,
         F,

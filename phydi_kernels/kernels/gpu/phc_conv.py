@@ -70,7 +70,7 @@ def phc_conv(
         def run(tile: Config) -> Tensor:
             return panel_product(pixels, A, weights, bias, rest, alpha, relu, place, tile)
 
-        y = run(config("panel", x.dtype, n, p, x.device, run))
+        y = run(config("panel", x.dtype, max(n, P), p, x.device, run))
         return as_images(y.view(len(x), *size, P * p))
     weight = F.transpose(0, 1).flatten(1, 2)
     none = [0] * len(stride)

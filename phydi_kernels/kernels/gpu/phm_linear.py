@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from ...plans_cuda import CudaPlan, mix_splits
+from ...plans_cuda import CudaPlan, stream_rows, stream_splits
 from . import capability
 from ._launch import product
 from .combine import block_dots, combine
@@ -45,18 +45,19 @@ def phm_linear(
     bias, alpha = contiguous(bias, alpha)
     relu = activation == "relu"
     if plan is CudaPlan.STREAM:
-        kernel, M = stream_kernel(len(rows) * P), len(rows) * P
+        M = stream_rows(len(rows), P)
+        kernel, terms = stream_kernel(M), max(n, P, Q)
 
         def run(tile: Config) -> Tensor:
-            splits = mix_splits(M, p, q, tile[:3], capability(x.device))
+            splits = stream_splits(M, p, q, tile[:3], capability(x.device))
             return mix_product(rows, A, F, bias, rest, alpha, relu, tile, splits)
     else:
-        kernel, window = "panel", rows_window(rows.stride(0))
+        kernel, terms, window = "panel", max(n, P), rows_window(rows.stride(0))
 
         def run(tile: Config) -> Tensor:
             return panel_product(rows, A, F.unsqueeze(2), bias, rest, alpha, relu, window, tile)
 
-    y = run(config(kernel, x.dtype, n, p, x.device, run))
+    y = run(config(kernel, x.dtype, terms, p, x.device, run))
     return y.view(*x.shape[:-1], P * p)
 
 
