@@ -1,7 +1,8 @@
 """y = H x for many rows, dense algebra: tiles of H are formed in registers, from F, and never stored.
 
-A program has the same features of all P output blocks: its tiles of F, read once, make P tiles of H. One kernel for linear layers and for convolutions of channels_last images: the rows of a product are pixels, and its
-sum runs over the taps of the kernel as well (implicit GEMM).
+A program has the same features of all P output blocks: its tiles of F, read once, make P tiles of H. One kernel for
+linear layers and for convolutions of channels_last images: the rows of a product are pixels, and its sum runs over the
+taps of the kernel as well (implicit GEMM).
 """
 
 from __future__ import annotations
