@@ -18,9 +18,10 @@ SOURCES := CMakeLists.txt setup.py $(shell find csrc -type f)
 demo: build
 	$(BIN)/phydi-kernels demo
 
-# One torch thread in each process: the processes share the cores.
+# One torch thread in each process: the processes share the cores. Triton's interpreter and compiler cannot share one.
 test: build
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(JOBS) tests/interpreter
 
 bench: build
 	OMP_NUM_THREADS=1 $(BIN)/phydi-kernels bench

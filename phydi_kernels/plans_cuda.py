@@ -112,7 +112,7 @@ def _linear_costs(costs: _Costs, rows: int, n: int, P: int, Q: int, p: int, q: i
     memory = costs.memory(n * p * q + rows * (P * p + Q * q))
     # Both form tiles with n or Q multiplications an entry, in ordinary units.
     slower = 1.0 if max(n, Q) <= 4 else 0.5
-    width = 64 if max(n, P) <= 4 else 32
+    width = 128 if max(n, P) <= 2 else 64 if max(n, P) <= 4 else 32
     tiles = _cdiv(rows, 128) * _cdiv(p, width)
     panel = costs.tiles(tiles, P * 128 * width * Q * q, (128 + n * width) * Q * q, _PANEL * slower)
     M = stream_rows(rows, P)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
+import shutil
 from collections.abc import Iterable
 
 import torch
@@ -18,8 +20,12 @@ from .. import cpu
 
 def reason(capability: int) -> str:
     """Why a card of this compute capability cannot run the kernels, or ""."""
+    if torch.version.hip:
+        return "the kernels are for NVIDIA cards"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
+    if not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
+        return "triton finds no C compiler (gcc or clang, or CC), which it needs to start kernels"
     if not architecture(capability):
         return f"compute capability {capability // 10}.{capability % 10} is below 8.0"
     return ""

@@ -17,7 +17,7 @@ from . import tf32
 # TRITON_INTERPRET=1 runs kernels as Python on CPU tensors.
 INTERPRETED = triton.knobs.runtime.interpret
 
-# Backward runs in a thread for each device, and the setting is global.
+# Backward runs in a thread for each device, and cuDNN's settings are global.
 _CUDNN = threading.Lock()
 
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -63,12 +63,14 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 
 @contextmanager
-def deterministic() -> Iterator[None]:
-    """cuDNN's algorithms of the same result at every call."""
+def library_convolution() -> Iterator[None]:
+    """cuDNN's algorithms of the same result at every call, with float32 products rounded as those of the kernels."""
     cudnn = torch.backends.cudnn
     with _CUDNN:
-        before, cudnn.deterministic = cudnn.deterministic, True
+        conv: Any = cudnn.conv  # type: ignore[attr-defined]
+        before = cudnn.deterministic, conv.fp32_precision
+        cudnn.deterministic, conv.fp32_precision = True, "tf32" if tf32() else "ieee"
         try:
             yield
         finally:
-            cudnn.deterministic = before
+            cudnn.deterministic, conv.fp32_precision = before

@@ -13,8 +13,6 @@ from torch import Tensor
 
 from ._launch import alpha_kind, cdiv, launch
 
-# More blocks than these do not fit in registers: plans_cuda routes such layers to the reference.
-MAX_BLOCKS = 32
 # Outputs of one program; further ones read the blocks again, from L2.
 _OUTPUTS = 32
 _TILE = 1024
@@ -44,7 +42,7 @@ def epilogue(h, first, channel, in_channel, residual, mask, bias, alpha, ALPHA: 
     return h
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def combine_kernel(
     x,
     coefficients,
@@ -101,9 +99,9 @@ def combine_kernel(
             tl.store(out + c * out_c + m * out_m + j * out_j, h, mask=mask)
 
 
-def _tile(J: int, entries: int) -> tuple[int, int]:
+def _tile(M: int, J: int, entries: int) -> tuple[int, int]:
     """(rows, columns) of a tile, columns along memory."""
-    columns = min(triton.next_power_of_2(J), 128)
+    columns = min(triton.next_power_of_2(J), entries if M == 1 else 128)
     return entries // columns, columns
 
 
@@ -119,7 +117,7 @@ def combine(
     """out_c = residual_c + alpha * act(sum_t coefficients[c,t] x_t + bias_c), computed in float32.
 
     Args:
-        x: (T, M, J), or (C, T, M, J) with blocks of their own for each output; any strides, T <= MAX_BLOCKS.
+        x: (T, M, J), or (C, T, M, J) with blocks of their own for each output; any strides, T <= plans_cuda.MAX_BLOCKS.
         coefficients: (C, T), or None for ones.
         out: (C, M, J), any strides.
         bias, alpha: C * J entries in the order of (c, j); alpha may be one entry.
@@ -127,7 +125,7 @@ def combine(
     """
     C, M, J = out.shape
     T, own = x.shape[-3], x.dim() == 4
-    rows, columns = _tile(J, _TILE if T <= 8 else _TILE // 2)
+    rows, columns = _tile(M, J, _TILE if T <= 8 else _TILE // 2)
     chunk = 1 if own else min(C, _OUTPUTS)
     launch(
         combine_kernel,
@@ -156,7 +154,7 @@ def combine(
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def block_dots_kernel(
     a,
     b,
@@ -208,7 +206,7 @@ def block_dots(a: Tensor, b: Tensor) -> Tensor:
     """D[c,t] = <a_c, b_t> in float32, the same at every call; a (C, M, J), b (T, M, J), any strides."""
     C, M, J = a.shape
     T = len(b)
-    rows, columns = _tile(J, _DOTS_TILE)
+    rows, columns = _tile(M, J, _DOTS_TILE)
     chunk = max(1, min(C, _DOTS // T))
     programs = min(cdiv(M, rows) * cdiv(J, columns), _DOTS_PROGRAMS)
     partial = torch.empty((programs, C, T), dtype=torch.float32, device=a.device)

@@ -1,16 +1,18 @@
 """Tile sizes of the products: a fixed table, or what PHYDI_AUTOTUNE=1 measured on the card at hand.
 
-A key says nothing of the batch: a layer gives the same bits for a row at every batch of a plan, and nothing is
-compiled again. plans_cuda, which knows the batch, chooses between kernels.
+A key says nothing of the batch: nothing is compiled again for another one. plans_cuda, which knows it, chooses between
+the kernels, and for stream between three heights of a tile and the parts of the sum.
 """
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import json
 import os
+import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,12 +36,12 @@ class Config(NamedTuple):
 TABLE: dict[tuple[str, str, int], dict[int, Config]] = {
     ("stream16", "16-bit", 4): {0: Config(16, 64, 64, 4, 3)},
     ("stream16", "16-bit", 8): {0: Config(16, 64, 32, 4, 3)},
-    ("stream16", "tf32", 4): {0: Config(16, 64, 32, 4, 3)},
+    ("stream16", "tf32", 4): {0: Config(16, 64, 32, 4, 3), 120: Config(16, 64, 16, 4, 3)},
     ("stream16", "tf32", 8): {0: Config(16, 64, 16, 4, 3)},
-    ("stream16", "ieee", 4): {0: Config(16, 64, 32, 4, 3)},
+    ("stream16", "ieee", 4): {0: Config(16, 64, 16, 4, 3)},
     ("stream16", "ieee", 8): {0: Config(16, 64, 16, 4, 3)},
     ("stream64", "16-bit", 4): {
-        0: Config(64, 64, 32, 8, 3),
+        0: Config(32, 64, 32, 4, 3),
         90: Config(64, 64, 32, 4, 3),
         100: Config(64, 64, 32, 4, 3),
     },
@@ -63,15 +65,15 @@ TABLE: dict[tuple[str, str, int], dict[int, Config]] = {
         90: Config(128, 128, 32, 8, 3),
         100: Config(128, 128, 32, 8, 3),
     },
-    ("panel", "16-bit", 4): {0: Config(128, 64, 32, 8, 3)},
+    ("panel", "16-bit", 4): {0: Config(128, 64, 32, 8, 3), 89: Config(64, 64, 32, 8, 3), 120: Config(64, 64, 32, 8, 3)},
     ("panel", "16-bit", 8): {0: Config(128, 32, 32, 8, 3)},
-    ("panel", "tf32", 4): {0: Config(128, 64, 16, 8, 3)},
+    ("panel", "tf32", 4): {0: Config(64, 64, 16, 8, 3)},
     ("panel", "tf32", 8): {0: Config(128, 32, 16, 8, 2)},
     ("panel", "ieee", 4): {0: Config(64, 32, 16, 8, 3)},
     ("panel", "ieee", 8): {0: Config(32, 32, 16, 8, 2)},
     ("fused", "16-bit", 2): {0: Config(128, 64, 32, 8, 3)},
     ("fused", "16-bit", 4): {0: Config(64, 128, 32, 8, 3)},
-    ("fused", "tf32", 4): {0: Config(64, 64, 16, 8, 3)},
+    ("fused", "tf32", 4): {0: Config(64, 64, 16, 8, 3), 120: Config(64, 64, 16, 8, 2)},
     ("fused", "ieee", 4): {0: Config(64, 32, 16, 8, 3)},
     ("epilogue", "16-bit", 2): {
         0: Config(128, 64, 32, 8, 3),
@@ -90,8 +92,8 @@ def stream_kernel(M: int) -> str:
 
 def key(kernel: str, dtype: torch.dtype, n: int) -> tuple[str, str, int]:
     """The key of TABLE for ``n`` terms: the one of the fewest that holds them."""
-    of_dtype = dtype_class(dtype, precision(dtype) == "tf32")
-    return kernel, of_dtype, min(most for name, kind, most in TABLE if (name, kind) == (kernel, of_dtype) and n <= most)
+    kind = dtype_class(dtype, precision(dtype) == "tf32")
+    return kernel, kind, min(most for most in (2, 4, 8) if n <= most and (kernel, kind, most) in TABLE)
 
 
 def fixed(kernel: str, dtype: torch.dtype, n: int, p: int, arch: int) -> Config:
@@ -115,11 +117,21 @@ def config(
         return tile
     card = torch.cuda.get_device_name(device)
     name = "/".join(map(str, (*key(kernel, dtype, n), tile.block_n)))
-    known = load_cache(cache_file()).get(card, {})
-    if name not in known and not torch.cuda.is_current_stream_capturing():
-        known = {name: fastest(neighbours(tile), run)}
-        save_cache(cache_file(), card, known)
-    return known.get(name, tile)
+    file = cache_file()
+    known = _known(file, card)
+    if name not in known:
+        with torch.cuda.device(device):
+            if torch.cuda.is_current_stream_capturing():
+                return tile
+            known[name] = fastest(tile, run)
+        save_cache(file, card, {name: known[name]})
+    return known[name]
+
+
+@functools.cache
+def _known(file: Path, card: str) -> dict[str, Config]:
+    """What this process knows: a call must not read a file."""
+    return load_cache(file).get(card, {})
 
 
 def autotunes() -> bool:
@@ -131,8 +143,6 @@ def cache_file() -> Path:
 
 
 def neighbours(tile: Config) -> Iterator[Config]:
-    """The tile first: of equals it wins."""
-    yield tile
     for block_m in (tile.block_m, tile.block_m * 2):
         for block_k in (tile.block_k, tile.block_k * 2):
             for warps in (4, 8):
@@ -146,34 +156,50 @@ def measure(run: Callable[[], object]) -> float:
     return triton.testing.do_bench(run, warmup=5, rep=20, return_mode="median")
 
 
-def fastest(tiles: Iterable[Config], run: Callable[[Config], object]) -> Config:
-    """Of those that the card can run."""
+def fastest(tile: Config, run: Callable[[Config], object]) -> Config:
+    """Of a tile and its neighbours the fastest that the card can run; of equals the tile."""
     times: dict[Config, float] = {}
-    for tile in tiles:
+    for other in (tile, *neighbours(tile)):
         try:
-            times[tile] = measure(functools.partial(run, tile))
-        except (triton.runtime.errors.TritonError, triton.CompilationError):
-            continue  # more shared memory or registers than there are
-    return min(times, key=times.__getitem__)
+            times[other] = measure(functools.partial(run, other))
+        except (triton.runtime.errors.TritonError, RuntimeError):
+            continue  # more shared memory or registers than there are, or a pass of the compiler failed
+    return min(times, key=times.__getitem__, default=tile)
 
 
 def load_cache(path: Path) -> dict[str, dict[str, Config]]:
     """{card: {key: tiles}}. A file that cannot be read is named in a warning, and counts as empty."""
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
-        return {card: {name: Config(*map(int, tile)) for name, tile in of.items()} for card, of in stored.items()}
+        return {card: {name: _stored_tile(tile) for name, tile in of.items()} for card, of in stored.items()}
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         warnings.warn(f"{path} is not a cache of PHYDI_AUTOTUNE ({error}): measuring again", stacklevel=2)
         return {}
 
 
+def _stored_tile(entry: list[int]) -> Config:
+    tile = Config(*entry)
+    if not all(isinstance(size, int) and size > 0 for size in tile) or any(size & (size - 1) for size in tile[:4]):
+        raise ValueError(f"{entry} are no tiles")
+    return tile
+
+
 def save_cache(path: Path, card: str, tiles: dict[str, Config]) -> None:
-    """Adds to what other processes stored; one that reads it sees the old file or the new one."""
-    stored = load_cache(path)
-    stored[card] = {**stored.get(card, {}), **tiles}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}.part")
-    part.write_text(json.dumps(stored, indent=1, sort_keys=True), encoding="utf-8")
-    os.replace(part, path)
+    """Adds to what other processes stored; one that reads it sees the old file or the new one.
+
+    Where it cannot be written a warning says so, and the next process measures again.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path.with_suffix(".lock"), "w", encoding="utf-8") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            stored = load_cache(path)
+            stored[card] = {**stored.get(card, {}), **tiles}
+            descriptor, part = tempfile.mkstemp(dir=path.parent, suffix=".part")
+            with open(descriptor, "w", encoding="utf-8") as file:
+                json.dump(stored, file, indent=1, sort_keys=True)
+            os.replace(part, path)
+    except OSError as error:
+        warnings.warn(f"what PHYDI_AUTOTUNE measured cannot be kept in {path}: {error}", stacklevel=2)

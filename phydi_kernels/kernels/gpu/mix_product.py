@@ -17,7 +17,7 @@ from .combine import combine, epilogue
 from .configs import Config
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])
 def mix_product_kernel(
     x,
     A,

@@ -62,7 +62,7 @@ def place_in_image(b, out_height, out_width, stride_h, stride_w, padding_h, padd
     return b, b * 0, b * 0
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])
 def panel_product_kernel(
     x,
     A,

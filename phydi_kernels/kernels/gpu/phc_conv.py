@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...plans_cuda import CudaPlan
 from ..phc_conv import convolution_backward, output_size, planar, planar_geometry
-from ._launch import deterministic
+from ._launch import library_convolution
 from .combine import combine
 from .configs import Config, config
 from .panel_product import Window, panel_product
@@ -74,7 +74,8 @@ def phc_conv(
         return as_images(y.view(len(x), *size, P * p))
     weight = F.transpose(0, 1).flatten(1, 2)
     none = [0] * len(stride)
-    h = torch.ops.aten.convolution(mixed(pixels, A), weight, None, stride, padding, dilation, False, none, 1)
+    with library_convolution():
+        h = torch.ops.aten.convolution(mixed(pixels, A), weight, None, stride, padding, dilation, False, none, 1)
     y = torch.empty((len(x), *size, P * p), dtype=x.dtype, device=x.device)
     by_block = as_rows(as_pixels(h)).view(P, 1, -1, p)
     combine(by_block, None, blocks(as_rows(y), P), bias, None if rest is None else blocks(rest, P), alpha, relu)
@@ -110,7 +111,7 @@ def phc_conv_input_grad(
     Q, q = A.shape[2], F.shape[2]
     B, _, *spatial = input_size
     like = torch.empty((Q * B, *spatial, q), dtype=grad.dtype, device=grad.device)
-    with deterministic():
+    with library_convolution():
         dx = convolution_backward(
             mixed(as_pixels(grad), transposed), as_images(like), F.flatten(0, 1), stride, padding, dilation, of=0
         )
@@ -126,7 +127,7 @@ def phc_conv_weight_grad(
 
     def panels() -> Iterator[Tensor]:
         for g in grad.split(p, 1):
-            with deterministic():
+            with library_convolution():
                 G = convolution_backward(g, x, weight, stride, padding, dilation, of=1)
             yield G.reshape(p, Q, -1).transpose(0, 1)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...plans_cuda import CudaPlan
 from ..phc_conv import output_size
-from ._launch import deterministic
+from ._launch import library_convolution
 from .combine import block_dots, combine
 from .configs import Config, config
 from .phc_conv import as_images, as_pixels, taps_first, window
@@ -33,7 +33,8 @@ def in_groups(pixels: Tensor, coefficients: Tensor) -> Tensor:
 
 def grouped(x_hat: Tensor, weight: Tensor, geometry: Sequence[list[int]], groups: int) -> Tensor:
     none = [0] * len(geometry[0])
-    return torch.ops.aten.convolution(x_hat, weight, None, *geometry, False, none, groups)
+    with library_convolution():
+        return torch.ops.aten.convolution(x_hat, weight, None, *geometry, False, none, groups)
 
 
 def phc_conv_factored(
@@ -108,7 +109,7 @@ def _backward(
     grad: Tensor, x: Tensor, weight: Tensor, geometry: Sequence[list[int]], groups: int, of_weight: bool
 ) -> tuple[Tensor, Tensor]:
     none = [0] * len(geometry[0])
-    with deterministic():
+    with library_convolution():
         t, d_weight, _ = torch.ops.aten.convolution_backward(
             grad, x, weight, None, *geometry, False, none, groups, [True, of_weight, False]
         )

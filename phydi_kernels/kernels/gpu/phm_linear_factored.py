@@ -77,11 +77,11 @@ def phm_linear_factored_grad(
     P, Q = V.shape[1], W.shape[1]
     g, rows = as_rows(grad), as_rows(x)
     F_hat, g_hat, x_hat = combined_weights(U, F), combined_rows(g, V), combined_rows(rows, W)
-    t = torch.bmm(g_hat, F_hat)
+    t = product(g_hat, F_hat)
     dx = torch.empty(rows.shape, dtype=x.dtype, device=x.device)
     combine(t, W.t(), blocks(dx, Q))
     dW = block_dots(t, blocks(rows, Q))
-    dV = block_dots(torch.bmm(x_hat, F_hat.mT), blocks(g, P))
+    dV = block_dots(product(x_hat, F_hat.mT), blocks(g, P))
     dU, dF = split_combined(product(g_hat.mT, x_hat), U, F)
     return dx.view(x.shape), dU, dV.to(V.dtype), dW.to(W.dtype), dF
 

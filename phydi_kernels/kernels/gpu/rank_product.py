@@ -19,7 +19,7 @@ from .configs import Config
 from .panel_product import Window, place_in_image, tile_of
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])
 def rank_product_kernel(
     x,
     V,
