@@ -13,7 +13,7 @@ import torch
 
 from . import __version__
 from .kernels import cpu, cuda, gpu
-from .plans_cuda import DTYPES, MAX_BLOCKS, MAX_FORMED
+from .plans_cuda import DTYPES, MAX_BLOCKS
 
 _CONV_OPS = ("", "_input_grad", "_weight_grad", "_factored", "_factored_input_grad", "_factored_grad")
 OPS = ("phm_linear", "phm_linear_weight_grad", "phm_linear_factored", "phm_linear_factored_grad") + tuple(
@@ -119,8 +119,7 @@ def _triton_rows(triton: dict[str, Any]) -> list[tuple[str, str]]:
     if triton["reason"]:
         return [("Triton", f"not used: {triton['reason']}")]
     rows = [("Triton", f"{triton['version']}, for {', '.join(triton['dtypes'])}")]
-    limits = f"n > {MAX_FORMED} of a learned A, more than {MAX_BLOCKS} blocks or terms"
-    rows.append(("", f"other or mixed dtypes, {limits}: {_REFERENCE}"))
+    rows.append(("", f"other or mixed dtypes and more than {MAX_BLOCKS} blocks or terms: {_REFERENCE}"))
     count = sum(map(len, triton["measured"].values()))
     source = "measured on this card" if triton["autotune"] else "from the package's table; PHYDI_AUTOTUNE=1 measures"
     rows.append(("GPU tiles", source))

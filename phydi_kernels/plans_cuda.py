@@ -4,6 +4,7 @@ Plans of phm_linear, for y_k = sum_{i,l} A[i,k,l] F_i x_l:
 
 * stream: mixed rows sum_l A[i,k,l] x_l, formed where they are used, against F, which is read once.
 * panel: tiles of H formed in registers, one product.
+* built: panels of H formed in L2, multiplied by cuBLAS and dropped.
 
 With A[i,k,l] = sum_r U[r,i] V[r,k] W[r,l] known, these for A, or y_k = sum_r V[r,k] F-hat_r x-hat_r by
 
@@ -26,7 +27,7 @@ from typing import NamedTuple, TypeGuard
 import torch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Terms that combine adds in registers, terms of which a tile of H is formed, results that a tile of products keeps.
+# Blocks that combine adds in registers, that stream mixes, and results that a tile of products keeps in registers.
 MAX_BLOCKS = 32
 MAX_FORMED = 8
 MAX_RESULTS = 4
@@ -38,6 +39,7 @@ MAX_TAPS = 9
 class CudaPlan(enum.Enum):
     STREAM = "stream"
     PANEL = "panel"
+    BUILT = "built"
     MIX = "mix"
     FUSED = "fused"
     EPILOGUE = "epilogue"
@@ -63,12 +65,19 @@ CARDS = {
 }
 # Products of 16-bit operands: 1; of float32 in TF32, and in float32 units.
 _SLOWER = {"16-bit": 1.0, "tf32": 2.0, "ieee": 16.0}
-# What a kernel reaches of these rates: cuBLAS, and tiles that are read; the others form tiles beside the products.
+# What kernels reach of the products at best, for algebras of at most 2, 4 and 8 terms: bounds of gpu_model.py, where
+# L2, shared memory and the instructions that form tiles hold them back. 89 and 120 have the tensor cores of 80.
+_OF_PRODUCTS: dict[str, dict[int, tuple[float, ...]]] = {
+    "stream": {80: (0.60, 0.55, 0.3), 90: (0.47, 0.51, 0.25), 100: (0.29, 0.31, 0.15)},
+    "panel": {80: (0.49, 0.51), 90: (0.44, 0.38), 100: (0.26, 0.20)},
+    "fused": {80: (0.43, 0.36), 90: (0.17, 0.14), 100: (0.12, 0.11)},
+    "epilogue": {80: (0.53, 0.53), 90: (0.42, 0.28), 100: (0.36, 0.24)},
+}
+# cuBLAS, and the L2 cache; device memory.
 _SUSTAINED = 0.7
-_PANEL = 0.55
-_FUSED = 0.4
-_STREAM = 0.4
 _MEMORY = 0.8
+# Panels of H that stay in L2 while they are multiplied.
+PANEL_BYTES = 16 << 20
 # Microseconds from the end of a kernel to the start of the next.
 _GAP = 1.5
 
@@ -101,30 +110,46 @@ class _Costs:
     def l2(self, entries: float) -> float:
         return entries * self.size / (self.card.l2 * _SUSTAINED)
 
-    def tiles(self, count: int, multiplications: float, read: float, efficiency: float) -> float:
-        """``count`` tiles of a result on all processors, a whole number of times; each of so many multiplications, that
-        reads so many entries."""
-        waves = _cdiv(count, self.card.processors)
-        return waves * max(multiplications / (self.rate * efficiency), self.l2(read * self.card.processors))
+    def tiles(self, count: int, multiplications: float, efficiency: float) -> float:
+        """``count`` tiles of a result, each of so many multiplications, on all processors, a whole number of times."""
+        return _cdiv(count, self.card.processors) * multiplications / (self.rate * efficiency)
+
+    def library(self, batch: int, M: int, N: int, K: int) -> float:
+        """A product, or a batch of them, by cuBLAS."""
+        return self.tiles(batch * _cdiv(M, 128) * _cdiv(N, 128), 128 * 128 * K, _SUSTAINED)
+
+    def panel(self, rows: int, n: int, P: int, p: int, K: int) -> float:
+        terms = max(n, P)
+        width = 128 if terms <= 2 else 64
+        tiles = _cdiv(rows, 128) * _cdiv(p, width)
+        return self.tiles(tiles, P * 128 * width * K, self.reaches("panel", terms)) + _GAP
+
+    def built(self, rows: int, P: int, features: int, K: int) -> float:
+        """Panels are written and read in L2, by a kernel for each block; the epilogue reads and writes the result."""
+        moved = self.l2(2 * features * K) + self.memory(2 * rows * features)
+        kernels = P + _cdiv(features * K * self.size, PANEL_BYTES) + 1
+        return self.library(1, rows, features, K) + moved + kernels * _GAP
+
+    def reaches(self, kernel: str, terms: int) -> float:
+        of_card = _OF_PRODUCTS[kernel]
+        return of_card.get(architecture(self.capability), of_card[80])[0 if terms <= 2 else 1 if terms <= 4 else 2]
 
 
 def _linear_costs(costs: _Costs, rows: int, n: int, P: int, Q: int, p: int, q: int) -> dict[CudaPlan, float]:
-    memory = costs.memory(n * p * q + rows * (P * p + Q * q))
-    # Both form tiles with n or Q multiplications an entry, in ordinary units.
-    slower = 1.0 if max(n, Q) <= 4 else 0.5
-    width = 128 if max(n, P) <= 2 else 64 if max(n, P) <= 4 else 32
-    tiles = _cdiv(rows, 128) * _cdiv(p, width)
-    panel = costs.tiles(tiles, P * 128 * width * Q * q, (128 + n * width) * Q * q, _PANEL * slower)
-    M = stream_rows(rows, P)
+    memory, M = costs.memory(n * p * q + rows * (P * p + Q * q)), stream_rows(rows, P)
+    result = {CudaPlan.BUILT: max(costs.built(rows, P, P * p, Q * q), memory)}
+    if max(n, P, Q) > MAX_FORMED:
+        return result
     tile, width = stream_tile(M), 128 if M > 64 else 64
-    splits = stream_splits(M, p, q, (tile, width, 64), costs.capability)
+    splits = stream_splits(M, p, q, (tile, width, 32), costs.capability)
     tiles = _cdiv(M, tile) * _cdiv(p, width) * splits
-    depth = _cdiv(q, splits)
-    read = (n * width + Q * tile // P) * depth
-    stream = costs.tiles(tiles, tile * width * n * depth, read, _STREAM * slower)
+    stream = costs.tiles(tiles, tile * width * n * _cdiv(q, splits), costs.reaches("stream", max(n, P, Q)))
     # The parts are float32, written and read.
     stream = max(stream, memory) + (costs.l2(2 * splits * rows * P * p * 4 / costs.size) + _GAP if splits > 1 else 0.0)
-    return {CudaPlan.PANEL: max(panel, memory) + _GAP, CudaPlan.STREAM: stream + _GAP}
+    result[CudaPlan.STREAM] = stream + _GAP
+    if max(n, P) <= MAX_RESULTS:
+        result[CudaPlan.PANEL] = max(costs.panel(rows, n, P, p, Q * q), memory)
+    return result
 
 
 def stream_rows(rows: int, P: int) -> int:
@@ -143,11 +168,9 @@ def stream_splits(M: int, p: int, q: int, tile: Sequence[int], capability: int) 
     return max(1, min(_cdiv(q, tile[2]), MAX_BLOCKS, CARDS[architecture(capability)].processors // tiles))
 
 
-def _supported(
-    dtype: torch.dtype | None, capability: int, sizes: Sequence[int], most: int = MAX_BLOCKS
-) -> TypeGuard[torch.dtype]:
+def _supported(dtype: torch.dtype | None, capability: int, sizes: Sequence[int]) -> TypeGuard[torch.dtype]:
     """Whether the kernels take these types and numbers of blocks."""
-    return dtype in DTYPES and architecture(capability) > 0 and min(sizes) > 0 and max(sizes) <= most
+    return dtype in DTYPES and architecture(capability) > 0 and min(sizes) > 0 and max(sizes) <= MAX_BLOCKS
 
 
 def _best(cost: dict[CudaPlan, float]) -> CudaPlan:
@@ -167,7 +190,7 @@ def phm_linear(
     capability: int,
 ) -> CudaPlan:
     """The plan of one phm_linear call: ``rows`` input rows, A (n, P, Q), F (n, p, q), of these types."""
-    if not _supported(dtype, capability, (n, P, Q), MAX_FORMED) or not p * q:
+    if not _supported(dtype, capability, (n, P, Q)) or not p * q:
         return CudaPlan.COMPOSED
     return _best(_linear_costs(_Costs(dtype, tf32, capability), rows, n, P, Q, p, q))
 
@@ -195,18 +218,18 @@ def _factored_costs(
     form = costs.memory((n + R) * weights) + _GAP if combines else 0.0
     X, X_hat, Y, Y_hat = pixels * Q * q, R * pixels * q, outputs * P * p, R * outputs * p
     read = R * weights
-    passes = costs.tiles(R * _cdiv(outputs, 128) * _cdiv(p, 128), 128 * 128 * q * taps, 256 * q * taps, _SUSTAINED)
+    passes = costs.library(R, outputs, p, q * taps)
     passes = max(passes, costs.memory(X_hat + read + Y_hat)) + costs.memory(X + X_hat + Y_hat + Y) + 3 * _GAP
     result = {CudaPlan.PASSES: passes + form}
     if P <= MAX_RESULTS:
         K, tile = R * q * taps, 128 * 64
         count = _cdiv(outputs, 128) * _cdiv(p, 64)
-        products = costs.tiles(count, tile * K, (128 + 64) * K, _SUSTAINED)
+        products = costs.tiles(count, tile * K, costs.reaches("epilogue", P))
         products = max(products, costs.memory(X_hat + read + Y)) + costs.memory(X + X_hat) + 2 * _GAP
         result[CudaPlan.EPILOGUE] = products + form
         if Q <= MAX_FORMED_INPUTS:
             count = _cdiv(outputs, 64) * _cdiv(p, 128)
-            products = costs.tiles(count, tile * K, (64 * Q + 128) * K, _FUSED)
+            products = costs.tiles(count, tile * K, costs.reaches("fused", P))
             result[CudaPlan.FUSED] = max(products, costs.memory(X + read + Y)) + _GAP + form
     return result
 
@@ -230,9 +253,7 @@ def phm_linear_factored(
         return CudaPlan.COMPOSED
     costs = _Costs(dtype, tf32, capability)
     result = _factored_costs(costs, rows, rows, n, P, Q, p, q, 1, R, combines)
-    if max(n, P, Q) <= MAX_FORMED:
-        result |= {plan: cost + _GAP for plan, cost in _linear_costs(costs, rows, n, P, Q, p, q).items()}
-    return _best(result)
+    return _best(result | {plan: cost + _GAP for plan, cost in _linear_costs(costs, rows, n, P, Q, p, q).items()})
 
 
 @lru_cache(maxsize=4096)
@@ -247,15 +268,30 @@ def _implicit(kernel: Sequence[int]) -> bool:
 
 @lru_cache(maxsize=4096)
 def phc_conv(
-    n: int, P: int, Q: int, size: int, kernel: tuple[int, ...], dtype: torch.dtype | None, capability: int
+    outputs: int,
+    n: int,
+    P: int,
+    Q: int,
+    p: int,
+    q: int,
+    kernel: tuple[int, ...],
+    dtype: torch.dtype | None,
+    tf32: bool,
+    capability: int,
 ) -> CudaPlan:
-    """The plan of one convolution, F of ``size`` entries, or of its input's gradient as one of reversed filters.
+    """The plan of one convolution, or of its input's gradient as one of reversed filters: ``outputs`` pixels.
 
     ``kernel`` is empty where that gradient is not a convolution: of a stride, or of more padding than filters.
     """
-    if not size or not _supported(dtype, capability, (n, P, Q)):
+    if not _supported(dtype, capability, (n, P, Q)) or not p * q * math.prod(kernel):
         return CudaPlan.COMPOSED
-    return CudaPlan.PANEL if kernel and _implicit(kernel) and max(n, P, Q) <= MAX_FORMED else CudaPlan.MIX
+    if not kernel:
+        return CudaPlan.MIX
+    costs, taps = _Costs(dtype, tf32, capability), math.prod(kernel)
+    result = {CudaPlan.BUILT: costs.built(outputs, P, P * p, Q * q * taps)}
+    if _implicit(kernel) and max(n, P) <= MAX_RESULTS:
+        result[CudaPlan.PANEL] = costs.panel(outputs, n, P, p, Q * q * taps)
+    return _best(result)
 
 
 @lru_cache(maxsize=4096)

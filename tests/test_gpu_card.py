@@ -1,4 +1,4 @@
-"""What only a card can show of the Triton kernels: CUDA graphs, streams, devices. OpChecks run there by --device cuda."""
+"""What only a card can show of the Triton kernels: CUDA graphs, streams, devices. --device cuda runs OpChecks there."""
 
 from __future__ import annotations
 

@@ -32,10 +32,10 @@ def precision(request, monkeypatch):
 
 def _asked_for() -> set[tuple[str, torch.dtype, int]]:
     """(kernel, type, n) of every configuration that the drivers can ask for, on the terms of plans_cuda."""
-    dense = {configs.stream_kernel(M) for M in ROWS} | {"panel"}
-    ranks = {plan.value for plan in (CudaPlan.FUSED, CudaPlan.EPILOGUE)}
-    asked = set(itertools.product(dense, DTYPES, range(1, plans_cuda.MAX_FORMED + 1)))
-    return asked | set(itertools.product(ranks, DTYPES, range(1, plans_cuda.MAX_RESULTS + 1)))
+    streams = {configs.stream_kernel(M) for M in ROWS}
+    several = {plan.value for plan in (CudaPlan.PANEL, CudaPlan.FUSED, CudaPlan.EPILOGUE)}
+    asked = set(itertools.product(streams, DTYPES, range(1, plans_cuda.MAX_FORMED + 1)))
+    return asked | set(itertools.product(several, DTYPES, range(1, plans_cuda.MAX_RESULTS + 1)))
 
 
 def test_every_call_has_an_entry_and_every_entry_a_call(monkeypatch):

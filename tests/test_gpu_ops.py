@@ -172,15 +172,17 @@ def nothing_starts(monkeypatch) -> list[Any]:
 
 
 LEGAL = {
-    "phm_linear": (CudaPlan.STREAM, CudaPlan.PANEL),
-    "phm_linear_factored": tuple(CudaPlan[name] for name in ("STREAM", "PANEL", "FUSED", "EPILOGUE", "PASSES")),
-    "phc_conv": (CudaPlan.PANEL, CudaPlan.MIX),
+    "phm_linear": (CudaPlan.STREAM, CudaPlan.PANEL, CudaPlan.BUILT),
+    "phm_linear_factored": tuple(
+        CudaPlan[name] for name in ("STREAM", "PANEL", "BUILT", "FUSED", "EPILOGUE", "PASSES")
+    ),
+    "phc_conv": (CudaPlan.PANEL, CudaPlan.BUILT, CudaPlan.MIX),
     "phc_conv_factored": (CudaPlan.FUSED, CudaPlan.EPILOGUE, CudaPlan.PASSES),
 }
 
 
 # Of convolutions in three dimensions.
-IN_SPACE = (CudaPlan.MIX, CudaPlan.PASSES)
+IN_SPACE = (CudaPlan.MIX, CudaPlan.BUILT, CudaPlan.PASSES)
 
 
 def _function(case_name: str) -> str:
@@ -295,6 +297,7 @@ def _half(*shape: int) -> Tensor:
 
 BLOCKS = {"n": 2, "P": 3, "Q": 4, "dtype": torch.float16, "capability": 89}
 SIZES = {**BLOCKS, "p": 6, "q": 7, "tf32": True}
+TRANSPOSED = {**SIZES, "P": 4, "Q": 3, "p": 7, "q": 6}
 A, U, V, W, F, F_HAT = _half(2, 3, 4), _half(5, 2), _half(5, 3), _half(5, 4), _half(2, 6, 7), _half(5, 6, 7)
 x, y, bias, alpha = _half(2, 5, 28), _half(2, 5, 18), _half(18), _half(1)
 # Images, the result of 3x2 filters with a stride, and the same without.
@@ -333,35 +336,35 @@ ROUTES = (
         "phc_conv2d",
         (images, A, filters, bias, *strided, of_strided, alpha, "relu"),
         "phc_conv",
-        {**IMAGES, "kernel": (3, 2)},
+        {**SIZES, "outputs": 60, "kernel": (3, 2)},
         "phc_conv",
     ),
     Route(
         "phc_conv2d_input_grad",
         (of_images, A, filters, image_size, *plain),
         "phc_conv",
-        {**IMAGES, "kernel": (3, 2)},
+        {**TRANSPOSED, "outputs": 144, "kernel": (3, 2)},
         "phc_conv",
     ),
     Route(
         "phc_conv2d_input_grad",
         (of_strided, A, filters, image_size, *strided),
         "phc_conv",
-        {**IMAGES, "kernel": ()},
+        {**TRANSPOSED, "outputs": 144, "kernel": ()},
         "phc_conv",
     ),
     Route(
         "phc_conv2d_input_grad",
         (of_padded, A, filters, image_size, *padded),
         "phc_conv",
-        {**IMAGES, "kernel": ()},
+        {**TRANSPOSED, "outputs": 144, "kernel": ()},
         "phc_conv",
     ),
     Route(
         "phc_conv2d_input_grad",
         (of_reached, A, filters, image_size, *reached),
         "phc_conv",
-        {**IMAGES, "kernel": (3, 2)},
+        {**TRANSPOSED, "outputs": 144, "kernel": (3, 2)},
         "phc_conv",
     ),
     Route("phc_conv2d_weight_grad", (of_strided, images, A, filters, *strided), "weight_grad", IMAGES, "phc_conv"),
@@ -376,14 +379,14 @@ ROUTES = (
         "phc_conv2d_factored_input_grad",
         (of_images, U, V, W, filters, image_size, *plain),
         "phc_conv_factored",
-        {**FACTORED_IMAGES, "P": 4, "Q": 3, "p": 7, "q": 6, "pixels": 108, "outputs": 144, "kernel": (3, 2)},
+        {**FACTORED_IMAGES, **TRANSPOSED, "pixels": 108, "outputs": 144, "kernel": (3, 2)},
         "phc_conv_factored",
     ),
     Route(
         "phc_conv2d_factored_input_grad",
         (of_strided, U, V, W, filters, image_size, *strided),
         "phc_conv_factored",
-        {**FACTORED_IMAGES, "P": 4, "Q": 3, "p": 7, "q": 6, "pixels": 60, "outputs": 144, "kernel": ()},
+        {**FACTORED_IMAGES, **TRANSPOSED, "pixels": 60, "outputs": 144, "kernel": ()},
         "phc_conv_factored",
     ),
     Route(

@@ -21,19 +21,22 @@ PROJECTIONS = ((4096, 4096), (14336, 4096), (4096, 14336), (8192, 8192))
 RANKS = {2: 3, 4: 7, 8: 24}
 POWERS = [2**e for e in range(17)]
 
-LINEAR = {CudaPlan.STREAM, CudaPlan.PANEL}
+LINEAR = {CudaPlan.STREAM, CudaPlan.PANEL, CudaPlan.BUILT}
 SUPPORTED = {"dtype": torch.bfloat16, "capability": 90}
 BLOCKS = {"n": 4, "P": 4, "Q": 4}
 # Each function, a call of it that is computed by kernels, and the most blocks that it takes.
 CALLS = {
-    plans_cuda.phm_linear: ({**BLOCKS, **SUPPORTED, "rows": 64, "p": 32, "q": 32, "tf32": False}, 8),
+    plans_cuda.phm_linear: ({**BLOCKS, **SUPPORTED, "rows": 64, "p": 32, "q": 32, "tf32": False}, 32),
     plans_cuda.weight_grad: ({**BLOCKS, **SUPPORTED, "size": 4096}, 32),
     plans_cuda.phm_linear_factored: (
         {**BLOCKS, **SUPPORTED, "rows": 64, "p": 32, "q": 32, "R": 7, "combines": True, "tf32": False},
         32,
     ),
     plans_cuda.factored_grad: ({**BLOCKS, **SUPPORTED, "R": 7, "size": 4096}, 32),
-    plans_cuda.phc_conv: ({**BLOCKS, **SUPPORTED, "size": 36864, "kernel": (3, 3)}, 32),
+    plans_cuda.phc_conv: (
+        {**BLOCKS, **SUPPORTED, "outputs": 64, "p": 32, "q": 32, "kernel": (3, 3), "tf32": False},
+        32,
+    ),
     plans_cuda.phc_conv_factored: (
         {
             **{**BLOCKS, **SUPPORTED, "pixels": 64, "outputs": 64, "p": 32, "q": 32, "kernel": (3, 3), "R": 7},
@@ -131,7 +134,7 @@ def test_few_rows_stream_the_weights(capability, dtype, tf32):
 def test_many_rows_form_panels_or_multiply_ranks(capability, dtype, tf32):
     """R products cost R / n^2 of the dense one, where those of a panel cost as much."""
     for p, q in _features(4):
-        assert plans_cuda.phm_linear(8192, 4, 4, 4, p, q, dtype, tf32, capability) is CudaPlan.PANEL
+        assert plans_cuda.phm_linear(8192, 4, 4, 4, p, q, dtype, tf32, capability) is CudaPlan.BUILT
         plan = plans_cuda.phm_linear_factored(8192, 4, 4, 4, p, q, 7, False, dtype, tf32, capability)
         assert plan not in LINEAR
         if capability in (90, 100) and dtype is torch.bfloat16:
@@ -170,7 +173,7 @@ def _check_factored(plan: CudaPlan, n: int, P: int, Q: int, R: int, dtype, capab
     if plan is CudaPlan.FUSED:
         assert Q <= 4
     if plan in LINEAR:
-        assert dense and max(n, P, Q) <= 8
+        assert dense and (plan is CudaPlan.BUILT or max(n, P, Q) <= 8)
     assert plan is not CudaPlan.MIX
 
 
@@ -188,7 +191,10 @@ def test_every_linear_layer_has_a_plan_that_takes_it(rows, blocks, p, q, combine
     dtype, tf32 = of_type
     plan = plans_cuda.phm_linear(rows, n, P, Q, p, q, dtype, tf32, capability)
     supported = dtype in (torch.float32, torch.bfloat16, torch.float16) and capability >= 80
-    assert plan in (LINEAR if supported and max(n, P, Q) <= 8 else {CudaPlan.COMPOSED})
+    if supported and max(n, P, Q) <= 32:
+        assert plan in (LINEAR if max(n, P, Q) <= 8 else {CudaPlan.BUILT})
+    else:
+        assert plan is CudaPlan.COMPOSED
     sizes = (rows, n, P, Q, p, q, R)
     plan = plans_cuda.phm_linear_factored(*sizes, combines, dtype, tf32, capability)
     _check_factored(plan, n, P, Q, R, dtype, capability, dense=True)
@@ -219,11 +225,12 @@ def test_every_convolution_has_a_plan_that_takes_it(
     dtype, tf32 = of_type
     implicit = 0 < len(kernel) < 3 and math.prod(kernel) <= 9
     supported = dtype in (torch.float32, torch.bfloat16, torch.float16) and capability >= 80
-    plan = plans_cuda.phc_conv(n, P, Q, n * p * q, kernel, dtype, capability)
+    plan = plans_cuda.phc_conv(outputs, n, P, Q, p, q, kernel, dtype, tf32, capability)
     if not supported or max(n, P, Q) > 32:
         assert plan is CudaPlan.COMPOSED
     else:
-        assert plan is (CudaPlan.PANEL if implicit and max(n, P, Q) <= 8 else CudaPlan.MIX)
+        assert plan in ((CudaPlan.BUILT, CudaPlan.PANEL) if kernel else (CudaPlan.MIX,))
+        assert plan is not CudaPlan.PANEL or (implicit and max(n, P) <= 4)
     sizes = (pixels, outputs, n, P, Q, p, q, kernel, R)
     plan = plans_cuda.phc_conv_factored(*sizes, combines, dtype, tf32, capability)
     _check_factored(plan, n, P, Q, R, dtype, capability, dense=False)
@@ -239,22 +246,24 @@ def test_every_convolution_has_a_plan_that_takes_it(
 )
 def test_kernels_of_few_taps_are_implicit(kernel, implicit):
     """No input gradient of a stride is, for which the kernel is ()."""
-    expected = CudaPlan.PANEL if implicit else CudaPlan.MIX
-    assert plans_cuda.phc_conv(4, 4, 4, 4096, kernel, torch.bfloat16, 90) is expected
+    expected = CudaPlan.PANEL if implicit else CudaPlan.BUILT if kernel else CudaPlan.MIX
+    assert plans_cuda.phc_conv(64, 4, 4, 4, 64, 1, kernel, torch.bfloat16, False, 90) is expected
     sizes = (4096, 4096, 4, 4, 4, 64, 8, kernel, 7)
     plan = plans_cuda.phc_conv_factored(*sizes, False, torch.bfloat16, False, 90)
     assert (plan is not CudaPlan.PASSES) == implicit
 
 
 def test_large_algebras_form_no_tiles_of_the_dense_weight():
-    """Of more than eight terms or blocks torch convolves, and a linear layer keeps to its factors."""
+    """Stream mixes at most eight, a tile of panel keeps four results."""
     for name in BLOCKS:
         blocks = {**BLOCKS, name: 9}
         few = {"rows": 1, "p": 1024, "q": 1024, "R": 7, "combines": False, "tf32": False}
-        assert plans_cuda.phm_linear_factored(**blocks, **SUPPORTED, **few) not in LINEAR
-        for changed in (8, 9):
-            plan = plans_cuda.phc_conv(**{**BLOCKS, name: changed}, **SUPPORTED, size=4096, kernel=(1, 1))
-            assert plan is (CudaPlan.PANEL if changed == 8 else CudaPlan.MIX)
+        plan = plans_cuda.phm_linear_factored(**blocks, **SUPPORTED, **few)
+        assert plan not in (CudaPlan.STREAM, CudaPlan.PANEL)
+        for changed in (4, 5):
+            small = {"outputs": 64, "p": 64, "q": 8, "kernel": (1, 1), "tf32": False}
+            plan = plans_cuda.phc_conv(**{**BLOCKS, name: changed}, **SUPPORTED, **small)
+            assert plan is (CudaPlan.PANEL if changed == 4 or name == "Q" else CudaPlan.BUILT)
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)

@@ -91,7 +91,9 @@ def _weight_grad_cpu(*args):
 def _forward_cuda(x, A, F, bias, stride, padding, dilation, residual, alpha, activation):
     args = (x, A, F, bias, stride, padding, dilation, residual, alpha, activation)
     dtype, capability = gpu.common_dtype((x, F, bias, residual, alpha), (A,)), gpu.capability(x.device)
-    plan = plans_cuda.phc_conv(*A.shape, F.numel(), F.shape[3:], dtype, capability)
+    size = phc_conv.output_size(x.shape[2:], F.shape[3:], stride, padding, dilation)
+    outputs = len(x) * math.prod(size)
+    plan = plans_cuda.phc_conv(outputs, *A.shape, *F.shape[1:3], F.shape[3:], dtype, gpu.tf32(), capability)
     if plan is CudaPlan.COMPOSED:
         return reference.phc_conv(*args)
     from ..kernels.gpu import phc_conv as driver
@@ -110,7 +112,9 @@ def _input_grad_cuda(grad, A, F, input_size, stride, padding, dilation):
     args = (grad, A, F, input_size, stride, padding, dilation)
     kernel = reversed_kernel(F, stride, padding, dilation)
     dtype, capability = gpu.common_dtype((grad, F), (A,)), gpu.capability(grad.device)
-    plan = plans_cuda.phc_conv(*A.shape, F.numel(), kernel, dtype, capability)
+    (n, P, Q), (p, q) = A.shape, F.shape[1:3]
+    outputs = input_size[0] * math.prod(input_size[2:])
+    plan = plans_cuda.phc_conv(outputs, n, Q, P, q, p, kernel, dtype, gpu.tf32(), capability)
     if plan is CudaPlan.COMPOSED:
         return reference.phc_conv_input_grad(*args)
     from ..kernels.gpu import phc_conv as driver

@@ -85,19 +85,20 @@ def _geometry(problem: Problem, dims: int) -> dict[str, list[int]]:
 
 def _plans(blocks: tuple[int, int, int], kernel: tuple[int, ...] | None, factored: bool) -> tuple[CudaPlan, ...]:
     """What plans_cuda may choose for A (n, P, Q); ``kernel``: None of a linear layer, () of no convolution."""
-    _, P, Q = blocks
-    dense = (CudaPlan.PANEL,) if max(blocks) <= plans_cuda.MAX_FORMED else ()
+    n, P, Q = blocks
+    formed = (CudaPlan.PANEL,) if max(n, P) <= plans_cuda.MAX_RESULTS else ()
     of_terms = (CudaPlan.EPILOGUE,) if P <= plans_cuda.MAX_RESULTS else ()
     if of_terms and Q <= plans_cuda.MAX_FORMED_INPUTS:
         of_terms += (CudaPlan.FUSED,)
     if kernel is None:
-        dense += (CudaPlan.STREAM,) if dense else ()
+        mixed = (CudaPlan.STREAM,) if max(blocks) <= plans_cuda.MAX_FORMED else ()
+        dense = (*formed, *mixed, CudaPlan.BUILT)
         return (*dense, *of_terms, CudaPlan.PASSES) if factored else dense
     # No kernel is for three dimensions.
     implicit = len(kernel) in (1, 2)
     if factored:
         return (*(of_terms if implicit else ()), CudaPlan.PASSES)
-    return (*(dense if implicit else ()), CudaPlan.MIX)
+    return (*(formed if implicit else ()), *([CudaPlan.BUILT] if kernel else []), CudaPlan.MIX)
 
 
 def calls(

@@ -106,7 +106,7 @@ def test_precision_follows_torch(setting, expected, precisions):
         precisions.clear()
         call = next(calls(factored(linear((3,), 2, 3, 2, 3, 5), 3), dtype=dtype))
         call.check_exact()
-        assert {plan.value for plan in call.plans} == {"stream", "panel", "fused", "epilogue", "passes"}
+        assert {plan.value for plan in call.plans} == {"stream", "panel", "built", "fused", "epilogue", "passes"}
         assert precisions == [(dtype, expected if dtype is torch.float32 else "ieee")] * 4
 
 

@@ -48,7 +48,6 @@ def mix_product_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    HOLD: tl.constexpr,
     ALPHA: tl.constexpr,
     RELU: tl.constexpr,
     DOT: tl.constexpr,
@@ -61,12 +60,11 @@ def mix_product_kernel(
     r = (tl.program_id(0) % tiles_r).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     b, k = first + tl.arange(0, BLOCK_M // K), tl.arange(0, K)
     in_b, in_k, in_r = b < B, k < P, r < p
-    # Where they fit in registers A's entries are loaded once.
+    # Loaded once: n Q registers.
     algebra = ()
-    if HOLD:
-        for i in tl.static_range(N):
-            for l in tl.static_range(Q):  # noqa: E741
-                algebra = algebra + (tl.load(A + k * a_k + i * a_i + l * a_l, mask=in_k, other=0.0).to(tl.float32),)
+    for i in tl.static_range(N):
+        for l in tl.static_range(Q):  # noqa: E741
+            algebra = algebra + (tl.load(A + k * a_k + i * a_i + l * a_l, mask=in_k, other=0.0).to(tl.float32),)
     start = tl.program_id(1) * steps * BLOCK_K
     of_x = x + (b * x_b)[:, None]
     of_F = F + (r * f_r)[:, None]
@@ -77,19 +75,15 @@ def mix_product_kernel(
         pointers = of_x + (s * x_s)[None, :]
         blocks = ()
         for _ in tl.static_range(Q):
-            blocks = blocks + (tl.load(pointers, mask=in_b[:, None] & in_s[None, :], other=0.0).to(tl.float32),)
+            block = tl.load(pointers, mask=in_b[:, None] & in_s[None, :], other=0.0).to(tl.float32)
+            # By reshape, not by [:, None, :], entries of a thread stay neighbours: it stores four at once, not one.
+            blocks = blocks + (tl.reshape(block, (BLOCK_M // K, 1, BLOCK_K)),)
             pointers += x_l
         pointers = of_F + (s * f_s)[None, :]
         for i in tl.static_range(N):
             mixed = tl.zeros((BLOCK_M // K, K, BLOCK_K), tl.float32)
             for l in tl.static_range(Q):  # noqa: E741
-                if HOLD:
-                    entry = algebra[i * Q + l]
-                else:
-                    # Volatile, or the compiler loads all of them before the loop.
-                    entry = tl.load(A + k * a_k + i * a_i + l * a_l, mask=in_k, other=0.0, volatile=True)
-                    entry = entry.to(tl.float32)
-                mixed += entry[None, :, None] * blocks[l][:, None, :]
+                mixed += algebra[i * Q + l][None, :, None] * blocks[l]
             rows = tl.reshape(mixed.to(DOT), (BLOCK_M, BLOCK_K))
             weights = tl.load(pointers, mask=in_r[:, None] & in_s[None, :], other=0.0).to(DOT)
             pointers += f_i
@@ -153,7 +147,6 @@ def mix_product(
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
-        HOLD=n * Q <= 16,
         ALPHA=alpha_kind(alpha) if whole else 0,
         RELU=relu and whole,
         DOT=dot_type(x.dtype),

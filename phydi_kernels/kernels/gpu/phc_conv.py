@@ -1,13 +1,14 @@
 """Drivers of phydi::phc_conv{1,2,3}d and their gradients.
 
 * panel: implicit GEMM in channels_last, tiles of H formed in registers.
+* built: torch's convolution with panels of H that L2 holds; its result is read once, with the epilogue.
 * mix: torch's convolution of F with mixed inputs, output block k as an extra batch; the additions around it are
   combine's. For three dimensions and large kernels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from ._launch import library_convolution
 from .combine import combine
 from .configs import Config, config
 from .panel_product import Window, panel_product
-from .phm_linear import as_rows, blocks, contiguous, split_panels
+from .phm_linear import as_rows, blocks, contiguous, panels_of_H, split_panels
 
 
 def as_pixels(t: Tensor) -> Tensor:
@@ -72,6 +73,9 @@ def phc_conv(
 
         y = run(config("panel", x.dtype, max(n, P), p, x.device, run))
         return as_images(y.view(len(x), *size, P * p))
+    if plan is CudaPlan.BUILT:
+        geometry = (stride, padding, dilation)
+        return as_images(built(as_images(pixels), A, F, geometry, bias, rest, alpha, relu).view(len(x), *size, P * p))
     weight = F.transpose(0, 1).flatten(1, 2)
     none = [0] * len(stride)
     with library_convolution():
@@ -80,6 +84,33 @@ def phc_conv(
     by_block = as_rows(as_pixels(h)).view(P, 1, -1, p)
     combine(by_block, None, blocks(as_rows(y), P), bias, None if rest is None else blocks(rest, P), alpha, relu)
     return as_images(y)
+
+
+def built(
+    x: Tensor,
+    A: Tensor,
+    F: Tensor,
+    geometry: Sequence[list[int]],
+    bias: Tensor | None,
+    residual: Tensor | None,
+    alpha: Tensor | None,
+    relu: bool,
+) -> Tensor:
+    """The rows of the result, (pixels, P*p)."""
+    kernel, none = F.shape[3:], [0] * len(geometry[0])
+    results = []
+    for features, panel in panels_of_H(A, taps_first(F)):
+        weight = as_images(panel.view(len(panel), *kernel, panel.shape[-1]))
+        with library_convolution():
+            h = torch.ops.aten.convolution(x, weight, None, *geometry, False, none, 1)
+        results.append((features, as_rows(as_pixels(h))))
+    features, h = results[-1]
+    y = torch.empty((len(h), features.stop), dtype=x.dtype, device=x.device)
+    for features, h in results:
+        of_bias, of_alpha = (t if t is None or t.numel() == 1 else t[features] for t in (bias, alpha))
+        of_residual = None if residual is None else residual[:, features].unsqueeze(0)
+        combine(h.unsqueeze(0), None, y[:, features].unsqueeze(0), of_bias, of_residual, of_alpha, relu)
+    return y
 
 
 def mixed(pixels: Tensor, A: Tensor) -> Tensor:
@@ -103,7 +134,7 @@ def phc_conv_input_grad(
     plan: CudaPlan,
 ) -> Tensor:
     transposed = A.transpose(1, 2)
-    if plan is CudaPlan.PANEL:
+    if plan is not CudaPlan.MIX:
         # With stride 1 it is a convolution of the reversed filters.
         reverse = F.transpose(1, 2).flip(list(range(3, F.dim())))
         border = [e * (k - 1) - pad for k, pad, e in zip(F.shape[3:], padding, dilation, strict=True)]

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from ...plans_cuda import CudaPlan, stream_rows, stream_splits
+from ...plans_cuda import PANEL_BYTES, CudaPlan, stream_rows, stream_splits
 from . import capability
 from ._launch import product
 from .combine import block_dots, combine
@@ -44,6 +44,8 @@ def phm_linear(
     rows, rest = as_rows(x), None if residual is None else as_rows(residual)
     bias, alpha = contiguous(bias, alpha)
     relu = activation == "relu"
+    if plan is CudaPlan.BUILT:
+        return built(rows, A, F, bias, rest, alpha, relu).view(*x.shape[:-1], P * p)
     if plan is CudaPlan.STREAM:
         M = stream_rows(len(rows), P)
         kernel, terms = stream_kernel(M), max(n, P, Q)
@@ -59,6 +61,36 @@ def phm_linear(
 
     y = run(config(kernel, x.dtype, terms, p, x.device, run))
     return y.view(*x.shape[:-1], P * p)
+
+
+def built(
+    rows: Tensor, A: Tensor, F: Tensor, bias: Tensor | None, residual: Tensor | None, alpha: Tensor | None, relu: bool
+) -> Tensor:
+    """By cuBLAS, with panels of H; what is more than a bias takes a pass of its own."""
+    plain = residual is None and alpha is None and not relu
+    y = torch.empty((len(rows), A.shape[1] * F.shape[1]), dtype=rows.dtype, device=rows.device)
+    for features, panel in panels_of_H(A, F):
+        if bias is not None and plain:
+            torch.addmm(bias[features], rows, panel.t(), out=y[:, features])
+        else:
+            torch.mm(rows, panel.t(), out=y[:, features])
+    if not plain:
+        whole = y.unsqueeze(0)
+        combine(whole, None, whole, bias, None if residual is None else residual.unsqueeze(0), alpha, relu)
+    return y
+
+
+def panels_of_H(A: Tensor, F: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """(features, H[features]) for F (n, p, [taps,] q): whole output blocks, as many as stay in L2."""
+    P, Q = A.shape[1:]
+    p, *taps, q = F.shape[1:]
+    most = max(1, PANEL_BYTES // (F[0].numel() * Q * F.element_size()))
+    for ks in range(0, P, most):
+        count = min(most, P - ks)
+        panel = torch.empty((count * p, *taps, Q * q), dtype=F.dtype, device=F.device)
+        for k, part in enumerate(panel.split(p), start=ks):
+            combine(F.reshape(len(F), -1, q), A[:, k].t(), blocks(as_rows(part), Q))
+        yield slice(ks * p, (ks + count) * p), panel
 
 
 def split_panels(panels: Iterable[Tensor], A: Tensor, F: Tensor) -> tuple[Tensor, Tensor]:

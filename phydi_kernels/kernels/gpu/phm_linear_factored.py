@@ -43,7 +43,7 @@ def phm_linear_factored(
     activation: str,
     plan: CudaPlan,
 ) -> Tensor:
-    if plan in (CudaPlan.STREAM, CudaPlan.PANEL):
+    if plan in (CudaPlan.STREAM, CudaPlan.PANEL, CudaPlan.BUILT):
         return dense.phm_linear(x, structure(U, V, W), F, bias, residual, alpha, activation, plan)
     P, p = V.shape[1], F.shape[1]
     rows, rest = as_rows(x), None if residual is None else as_rows(residual)
