@@ -68,7 +68,7 @@ _SLOWER = {"16-bit": 1.0, "tf32": 2.0, "ieee": 16.0}
 # What kernels reach of the products at best, for algebras of at most 2, 4 and 8 terms: bounds of gpu_model.py, where
 # L2, shared memory and the instructions that form tiles hold them back. 89 and 120 have the tensor cores of 80.
 _OF_PRODUCTS: dict[str, dict[int, tuple[float, ...]]] = {
-    "stream": {80: (0.60, 0.55, 0.3), 90: (0.47, 0.51, 0.25), 100: (0.29, 0.31, 0.15)},
+    "stream": {80: (0.66, 0.55, 0.08), 90: (0.47, 0.42, 0.20), 100: (0.29, 0.27, 0.10)},
     "panel": {80: (0.49, 0.51), 90: (0.44, 0.38), 100: (0.26, 0.20)},
     "fused": {80: (0.43, 0.36), 90: (0.17, 0.14), 100: (0.12, 0.11)},
     "epilogue": {80: (0.53, 0.53), 90: (0.42, 0.28), 100: (0.36, 0.24)},

@@ -7,8 +7,7 @@ import torch
 from helpers import normal
 from torch import Tensor
 
-from phydi_kernels import functional, plans_cuda, reference
-from phydi_kernels.kernels import gpu
+from phydi_kernels import functional, reference
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="runs on a card, and there is none here")
 
@@ -67,13 +66,3 @@ def test_kernels_run_on_the_device_of_their_tensors():
         assert torch.cuda.current_device() == 0
     assert y.device == torch.device("cuda:1")
     torch.testing.assert_close(y.cpu().double(), expected(tensors, options), atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize("dtype", plans_cuda.DTYPES)
-def test_a_row_does_not_depend_on_its_batch(dtype):
-    """Within a plan: tiles are keyed on the layer, not on the batch."""
-    tensors, options = arguments(5000, dtype, "cuda")
-    assert gpu.capability(tensors[0].device)
-    whole = functional.phm_linear_factored(*tensors, **options)
-    tensors[0], options["residual"] = tensors[0][:4000], options["residual"][:4000]
-    assert torch.equal(functional.phm_linear_factored(*tensors, **options), whole[:4000])
