@@ -13,3 +13,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.fixture(scope="session")
 def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.config.getoption("--device"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--device").startswith("cuda"):
+        # cuDNN's default is TF32, which the kernels follow: float32 is compared to its own precision.
+        torch.backends.cudnn.conv.fp32_precision = "ieee"

@@ -35,8 +35,8 @@ from gpu_compile import ARCHITECTURES, Launch
 from torch import Tensor
 from tqdm import tqdm
 
-from phydi_kernels.kernels.gpu import phc_conv, phc_conv_factored, phm_linear, phm_linear_factored
-from phydi_kernels.plans_cuda import MAX_RESULTS, CudaPlan
+from phydi_kernels.kernels.gpu import combine, phc_conv, phc_conv_factored, phm_linear, phm_linear_factored
+from phydi_kernels.plans_cuda import MAX_BLOCKS, MAX_RESULTS, CudaPlan
 
 RESULTS = Path(__file__).resolve().parent / "results" / "gpu_static.json"
 # tf32: float32 tensors whose products torch's setting lets round so.
@@ -185,7 +185,7 @@ def _conv_cases(n: int) -> Iterator[tuple[str, Call]]:
     every = n == TERMS[0]
     for kernel, stride in CONVOLUTIONS if every else CONVOLUTIONS[:1]:
         shape = f"{kernel}x{kernel} stride {stride} n={n} {n * block} channels epilogue"
-        for plan in (CudaPlan.PANEL, *([CudaPlan.MIX, CudaPlan.BUILT] if every else [])):
+        for plan in (CudaPlan.PANEL, *([CudaPlan.BUILT] if every else [])):
             yield f"phc_conv {plan.value} {shape}", partial(conv, plan, n, block, kernel, stride, "epilogue")
         for plan in (*([CudaPlan.PASSES] if every else []), *fused):
             name = f"phc_conv_factored {plan.value} {shape}"
@@ -201,11 +201,20 @@ def _conv_cases(n: int) -> Iterator[tuple[str, Call]]:
             yield name, partial(conv_factored_grads, plan, n, block, kernel, stride)
 
 
+def structure_of_most_terms(dtype: torch.dtype) -> None:
+    combine.structure(*(_tensor(torch.float32, MAX_BLOCKS, MAX_BLOCKS) for _ in range(3)))
+
+
 def _cases() -> Iterator[tuple[str, Call]]:
     for n in TERMS:
         for block in BLOCKS if n == TERMS[0] else BLOCKS[-1:]:
             yield from _linear_cases(n, block)
         yield from _conv_cases(n)
+    # The most that plans_cuda lets through.
+    size = f"n={MAX_BLOCKS} {MAX_BLOCKS * BLOCKS[0]} features batch 256"
+    yield f"phm_linear built {size}", partial(linear, CudaPlan.BUILT, MAX_BLOCKS, BLOCKS[0], 256, "epilogue")
+    yield f"phm_linear_weight_grad {size}", partial(linear_grad, MAX_BLOCKS, BLOCKS[0], 256)
+    yield f"structure {size}", structure_of_most_terms
 
 
 # {name: call of a driver, given a type}
@@ -225,12 +234,15 @@ class Work:
 @contextlib.contextmanager
 def float32_products(dtype: str) -> Iterator[None]:
     """Those of "tf32" round so, all others are exact."""
-    matmul = torch.backends.cuda.matmul
-    before, matmul.fp32_precision = matmul.fp32_precision, "tf32" if dtype == "tf32" else "ieee"
+    settings = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
+    before = [setting.fp32_precision for setting in settings]
+    for setting in settings:
+        setting.fp32_precision = "tf32" if dtype == "tf32" else "ieee"
     try:
         yield
     finally:
-        matmul.fp32_precision = before
+        for setting, precision in zip(settings, before, strict=True):
+            setting.fp32_precision = precision
 
 
 def launches(case: str, dtype: str, arch: int) -> list[Launch]:

@@ -1,11 +1,12 @@
 """Public functions. They check their arguments, follow autocast, and call one operator.
 
-Dtypes: all tensors of a call share one of float32, float64, bfloat16, float16; the result has the same. The
-16-bit types are added and multiplied in float32. float16 is rounded once, at the end. In bfloat16, where the
-processor multiplies it, the factors of larger linear calls and of convolutions are rounded to bfloat16 first, as those
-of a dense layer are: entries of H, or of the mixed input sum_l A[i,k,l] x_l, or of both factors of the R products of a
-factored layer. Under ``torch.autocast`` the arguments are cast to its dtype as for ``torch.nn.functional.linear``, but
-for U, V and W. Nothing else is cast, and nothing is moved between devices.
+Dtypes: all tensors of a call share one of float32, float64, bfloat16, float16; the result has the same. The 16-bit
+types are added and multiplied in float32. float16 is rounded once, at the end, on a CPU. In bfloat16, where the
+processor multiplies it, and in both 16-bit types on CUDA, the factors of larger linear calls and of convolutions are
+rounded first, as those of a dense layer are: entries of H, or of the mixed input sum_l A[i,k,l] x_l, or of both factors
+of the R products of a factored layer. docs/gpu.md says what CUDA rounds besides. Under ``torch.autocast`` the arguments
+are cast to its dtype as for ``torch.nn.functional.linear``, but for U, V and W. Nothing else is cast, and nothing is
+moved between devices.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Plans of phm_linear, for y_k = sum_{i,l} A[i,k,l] F_i x_l:
 
 * stream: mixed rows sum_l A[i,k,l] x_l, formed where they are used, against F, which is read once.
 * panel: tiles of H formed in registers, one product.
-* built: panels of H formed in L2, multiplied by cuBLAS and dropped.
+* built: panels of H, multiplied by cuBLAS or cuDNN and dropped before they leave L2, where they fit in it.
 
 With A[i,k,l] = sum_r U[r,i] V[r,k] W[r,l] known, these for A, or y_k = sum_r V[r,k] F-hat_r x-hat_r by
 
@@ -12,7 +12,8 @@ With A[i,k,l] = sum_r U[r,i] V[r,k] W[r,l] known, these for A, or y_k = sum_r V[
 * epilogue: X-hat first, then the same;
 * passes: X-hat, a batched product by cuBLAS or cuDNN, and the sum over Y-hat with the epilogue.
 
-Convolutions have panel and mix (torch's convolution of mixed inputs), or the last three. Everything else is composed
+Convolutions have panel and built, or the last three; input gradients that are no convolution have mix: torch's, of
+mixed gradients. Everything else is composed
 of torch's operators: float64, mixed types, algebras of too many terms, cards older than compute capability 8.0.
 """
 
@@ -27,11 +28,12 @@ from typing import NamedTuple, TypeGuard
 import torch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Blocks that combine adds in registers, that stream mixes, and results that a tile of products keeps in registers.
+# Blocks that combine adds in registers, that stream mixes, results that a tile of products keeps in registers, and
+# blocks of x that fused adds on the way.
 MAX_BLOCKS = 32
-MAX_FORMED = 8
+MAX_STREAM = 8
 MAX_RESULTS = 4
-MAX_FORMED_INPUTS = 4
+MAX_FUSED_INPUTS = 4
 # Taps of an implicit GEMM; more make torch's transforms worth it.
 MAX_TAPS = 9
 
@@ -54,17 +56,16 @@ class Card(NamedTuple):
     products: float  # multiplications a microsecond in 16-bit tensor cores, all processors
     bandwidth: float  # bytes a microsecond of device memory,
     l2: float  # and of the L2 cache
+    float32: float  # multiplications a microsecond in float32 units
 
 
 CARDS = {
-    80: Card(108, 156e6, 2.0e6, 7.2e6),
-    89: Card(128, 82e6, 1.0e6, 5.0e6),
-    90: Card(132, 495e6, 3.35e6, 9.4e6),
-    100: Card(148, 1125e6, 8.0e6, 19.0e6),
-    120: Card(170, 105e6, 1.8e6, 7.0e6),
+    80: Card(108, 156e6, 2.0e6, 7.2e6, 9.7e6),
+    89: Card(128, 82e6, 1.0e6, 5.0e6, 41e6),
+    90: Card(132, 495e6, 3.35e6, 9.4e6, 33e6),
+    100: Card(148, 1125e6, 8.0e6, 19.0e6, 37e6),
+    120: Card(170, 105e6, 1.8e6, 7.0e6, 52e6),
 }
-# Products of 16-bit operands: 1; of float32 in TF32, and in float32 units.
-_SLOWER = {"16-bit": 1.0, "tf32": 2.0, "ieee": 16.0}
 # What kernels reach of the products at best, for algebras of at most 2, 4 and 8 terms: bounds of gpu_model.py, where
 # L2, shared memory and the instructions that form tiles hold them back. 89 and 120 have the tensor cores of 80.
 _OF_PRODUCTS: dict[str, dict[int, tuple[float, ...]]] = {
@@ -102,7 +103,8 @@ class _Costs:
         self.capability, self.card = capability, CARDS[architecture(capability)]
         self.size = dtype.itemsize
         # Multiplications a microsecond of one processor.
-        self.rate = self.card.products / self.card.processors / _SLOWER[dtype_class(dtype, tf32)]
+        of_type = {"16-bit": self.card.products, "tf32": self.card.products / 2, "ieee": self.card.float32}
+        self.rate = of_type[dtype_class(dtype, tf32)] / self.card.processors
 
     def memory(self, entries: float) -> float:
         return entries * self.size / (self.card.bandwidth * _MEMORY)
@@ -138,7 +140,7 @@ class _Costs:
 def _linear_costs(costs: _Costs, rows: int, n: int, P: int, Q: int, p: int, q: int) -> dict[CudaPlan, float]:
     memory, M = costs.memory(n * p * q + rows * (P * p + Q * q)), stream_rows(rows, P)
     result = {CudaPlan.BUILT: max(costs.built(rows, P, P * p, Q * q), memory)}
-    if max(n, P, Q) > MAX_FORMED:
+    if max(n, P, Q) > MAX_STREAM:
         return result
     tile, width = stream_tile(M), 128 if M > 64 else 64
     splits = stream_splits(M, p, q, (tile, width, 32), costs.capability)
@@ -227,7 +229,7 @@ def _factored_costs(
         products = costs.tiles(count, tile * K, costs.reaches("epilogue", P))
         products = max(products, costs.memory(X_hat + read + Y)) + costs.memory(X + X_hat) + 2 * _GAP
         result[CudaPlan.EPILOGUE] = products + form
-        if Q <= MAX_FORMED_INPUTS:
+        if Q <= MAX_FUSED_INPUTS:
             count = _cdiv(outputs, 64) * _cdiv(p, 128)
             products = costs.tiles(count, tile * K, costs.reaches("fused", P))
             result[CudaPlan.FUSED] = max(products, costs.memory(X + read + Y)) + _GAP + form

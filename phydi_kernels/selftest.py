@@ -249,6 +249,9 @@ def run(args: argparse.Namespace) -> int:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         print(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}")
         return 2
+    if device.type == "cuda":
+        # cuDNN's default is TF32, which the kernels follow: three digits.
+        torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
     print(f"{'operator':32}{'dtype':9}{'error':>9}{'allowed':>9}{'time':>11}  {'':6}  implementation")
     results = []
     for r in check(device):

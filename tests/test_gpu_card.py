@@ -7,12 +7,18 @@ import torch
 from helpers import normal
 from torch import Tensor
 
-from phydi_kernels import functional, reference
+from phydi_kernels import functional, plans_cuda, reference
+from phydi_kernels.plans_cuda import CudaPlan
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="runs on a card, and there is none here")
 
-# Few rows, many rows, and a residual branch of each plan of phm_linear_factored.
-ROWS = (1, 100, 5000)
+ROWS = 1000
+PLANS = [CudaPlan[name] for name in ("STREAM", "PANEL", "BUILT", "FUSED", "EPILOGUE", "PASSES")]
+
+
+@pytest.fixture(params=PLANS, ids=lambda plan: plan.value)
+def plan(request, monkeypatch):
+    monkeypatch.setattr(plans_cuda, "phm_linear_factored", lambda *sizes: request.param)
 
 
 def arguments(rows: int, dtype: torch.dtype, device: str) -> tuple[list[Tensor], dict[str, Tensor]]:
@@ -28,9 +34,8 @@ def expected(tensors: list[Tensor], options: dict[str, Tensor]) -> Tensor:
     return reference.phm_linear_factored(*exact, *(options[name].cpu().double() for name in ("residual", "alpha")))
 
 
-@pytest.mark.parametrize("rows", ROWS)
-def test_cuda_graph_replays_with_new_values(rows):
-    tensors, options = arguments(rows, torch.bfloat16, "cuda")
+def test_cuda_graph_replays_with_new_values(plan):
+    tensors, options = arguments(ROWS, torch.bfloat16, "cuda")
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -45,8 +50,8 @@ def test_cuda_graph_replays_with_new_values(rows):
         torch.testing.assert_close(y.cpu().double(), expected(tensors, options), atol=0.05, rtol=0.02)
 
 
-def test_kernels_run_on_the_current_stream():
-    tensors, options = arguments(5000, torch.float32, "cuda")
+def test_kernels_run_on_the_current_stream(plan):
+    tensors, options = arguments(ROWS, torch.float32, "cuda")
     functional.phm_linear_factored(*tensors, **options)
     stream = torch.cuda.Stream()
     torch.cuda.synchronize()

@@ -26,7 +26,7 @@ ROWS = (0, 1, 4, 16, 17, 64, 65, 300, 8192)
 
 @pytest.fixture(params=("ieee", "tf32"))
 def precision(request, monkeypatch):
-    monkeypatch.setattr(_launch, "tf32", lambda: request.param == "tf32")
+    monkeypatch.setattr(_launch, "tf32", lambda convolution: request.param == "tf32")
     return request.param
 
 
@@ -34,14 +34,14 @@ def _asked_for() -> set[tuple[str, torch.dtype, int]]:
     """(kernel, type, n) of every configuration that the drivers can ask for, on the terms of plans_cuda."""
     streams = {configs.stream_kernel(M) for M in ROWS}
     several = {plan.value for plan in (CudaPlan.PANEL, CudaPlan.FUSED, CudaPlan.EPILOGUE)}
-    asked = set(itertools.product(streams, DTYPES, range(1, plans_cuda.MAX_FORMED + 1)))
+    asked = set(itertools.product(streams, DTYPES, range(1, plans_cuda.MAX_STREAM + 1)))
     return asked | set(itertools.product(several, DTYPES, range(1, plans_cuda.MAX_RESULTS + 1)))
 
 
 def test_every_call_has_an_entry_and_every_entry_a_call(monkeypatch):
     keys = set()
     for tf32 in (False, True):
-        monkeypatch.setattr(_launch, "tf32", lambda tf32=tf32: tf32)
+        monkeypatch.setattr(_launch, "tf32", lambda convolution, tf32=tf32: tf32)
         keys |= {configs.key(*asked) for asked in _asked_for()}
     assert keys == set(configs.TABLE)
 
@@ -77,7 +77,7 @@ def test_a_key_is_that_of_the_fewest_terms_that_hold_a_call(precision):
 
 def test_the_key_says_nothing_of_the_batch(monkeypatch):
     """The tiles of a layer are those of its weights: rows change the number of programs alone."""
-    assert list(inspect.signature(configs.key).parameters) == ["kernel", "dtype", "n"]
+    assert list(inspect.signature(configs.key).parameters) == ["kernel", "dtype", "n", "convolution"]
     started = []
     monkeypatch.setattr(_launch, "run", lambda kernel, grid, args, meta: started.append(meta))
     A, F, V = torch.zeros(4, 4, 4), torch.zeros(4, 40, 48), torch.zeros(7, 4)

@@ -10,6 +10,7 @@ import importlib.util
 import inspect
 import re
 from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -176,13 +177,13 @@ LEGAL = {
     "phm_linear_factored": tuple(
         CudaPlan[name] for name in ("STREAM", "PANEL", "BUILT", "FUSED", "EPILOGUE", "PASSES")
     ),
-    "phc_conv": (CudaPlan.PANEL, CudaPlan.BUILT, CudaPlan.MIX),
+    "phc_conv": (CudaPlan.PANEL, CudaPlan.BUILT),
     "phc_conv_factored": (CudaPlan.FUSED, CudaPlan.EPILOGUE, CudaPlan.PASSES),
 }
 
 
 # Of convolutions in three dimensions.
-IN_SPACE = (CudaPlan.MIX, CudaPlan.BUILT, CudaPlan.PASSES)
+IN_SPACE = (CudaPlan.BUILT, CudaPlan.PASSES)
 
 
 def _function(case_name: str) -> str:
@@ -404,7 +405,7 @@ def test_routes(route, monkeypatch):
     """What plans_cuda is asked, and that its answer and the arguments as they are go to the driver of that name."""
     op = getattr(PHYDI, route.op).default
     monkeypatch.setattr(gpu, "capability", lambda device: 89)
-    monkeypatch.setattr(gpu, "tf32", lambda: True)
+    monkeypatch.setattr(gpu, "tf32", lambda convolution=False: True)
     function, asked, plans = getattr(plans_cuda, route.function), [], []
 
     def plan(*args: Any) -> CudaPlan:
@@ -498,7 +499,7 @@ def test_common_dtype():
     assert gpu.common_dtype((single, single), (half,)) is None
 
 
-def test_products_of_float32_follow_torch():
+def test_products_of_float32_follow_torch(monkeypatch):
     matmul, precision = torch.backends.cuda.matmul, torch.get_float32_matmul_precision()
     before = matmul.fp32_precision
     try:
@@ -508,6 +509,10 @@ def test_products_of_float32_follow_torch():
         for value, expected in (("highest", False), ("high", True)):
             torch.set_float32_matmul_precision(value)
             assert gpu.tf32() is expected
+        # Convolutions follow cuDNN's setting, as torch's do.
+        assert gpu.tf32(convolution=True) is (torch.backends.cudnn.conv.fp32_precision == "tf32")
+        monkeypatch.setattr(torch.backends.cudnn, "conv", SimpleNamespace(fp32_precision="ieee"))
+        assert not gpu.tf32(convolution=True)
     finally:
         torch.set_float32_matmul_precision(precision)
         matmul.fp32_precision = before

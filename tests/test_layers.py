@@ -21,14 +21,14 @@ LAYERS = (
     ("ops",),
     ("kernels",),
     ("reference",),
-    ("plans",),
+    ("plans", "plans_cuda"),
     ("algebra",),
     ("_check", "_dataflow"),
     ("",),
 )
 # What is imported from elsewhere: by every module, and by those that an extra of the installation serves.
 DEPENDENCIES = {"phydi_kernels", "torch", "tqdm", *sys.stdlib_module_names}
-EXTRAS = {"discriminant": {"numpy", "sklearn"}, "demo": {"matplotlib", "sklearn"}}
+EXTRAS = {"kernels": {"triton"}, "discriminant": {"numpy", "sklearn"}, "demo": {"matplotlib", "sklearn"}}
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 FILES = sorted(ROOT.rglob("*.py"))
 

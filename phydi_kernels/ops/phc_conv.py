@@ -93,7 +93,9 @@ def _forward_cuda(x, A, F, bias, stride, padding, dilation, residual, alpha, act
     dtype, capability = gpu.common_dtype((x, F, bias, residual, alpha), (A,)), gpu.capability(x.device)
     size = phc_conv.output_size(x.shape[2:], F.shape[3:], stride, padding, dilation)
     outputs = len(x) * math.prod(size)
-    plan = plans_cuda.phc_conv(outputs, *A.shape, *F.shape[1:3], F.shape[3:], dtype, gpu.tf32(), capability)
+    plan = plans_cuda.phc_conv(
+        outputs, *A.shape, *F.shape[1:3], F.shape[3:], dtype, gpu.tf32(convolution=True), capability
+    )
     if plan is CudaPlan.COMPOSED:
         return reference.phc_conv(*args)
     from ..kernels.gpu import phc_conv as driver
@@ -114,7 +116,7 @@ def _input_grad_cuda(grad, A, F, input_size, stride, padding, dilation):
     dtype, capability = gpu.common_dtype((grad, F), (A,)), gpu.capability(grad.device)
     (n, P, Q), (p, q) = A.shape, F.shape[1:3]
     outputs = input_size[0] * math.prod(input_size[2:])
-    plan = plans_cuda.phc_conv(outputs, n, Q, P, q, p, kernel, dtype, gpu.tf32(), capability)
+    plan = plans_cuda.phc_conv(outputs, n, Q, P, q, p, kernel, dtype, gpu.tf32(convolution=True), capability)
     if plan is CudaPlan.COMPOSED:
         return reference.phc_conv_input_grad(*args)
     from ..kernels.gpu import phc_conv as driver

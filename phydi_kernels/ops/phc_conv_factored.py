@@ -102,7 +102,7 @@ def _forward_cuda(x, U, V, W, F, bias, stride, padding, dilation, residual, alph
     outputs = len(x) * math.prod(output_size(x.shape[2:], kernel, stride, padding, dilation))
     dtype, capability = gpu.common_dtype((x, F, bias, residual, alpha), (U, V, W)), gpu.capability(x.device)
     sizes = (pixels(x), outputs, n, P, Q, p, q, F.shape[3:], R)
-    plan = plans_cuda.phc_conv_factored(*sizes, U is not None, dtype, gpu.tf32(), capability)
+    plan = plans_cuda.phc_conv_factored(*sizes, U is not None, dtype, gpu.tf32(convolution=True), capability)
     if plan is CudaPlan.COMPOSED:
         return reference.phc_conv_factored(*args)
     from ..kernels.gpu import phc_conv_factored as driver
@@ -117,7 +117,7 @@ def _input_grad_cuda(grad, U, V, W, F, input_size, stride, padding, dilation):
     count = input_size[0] * math.prod(input_size[2:])
     dtype, capability = gpu.common_dtype((grad, F), (U, V, W)), gpu.capability(grad.device)
     sizes = (pixels(grad), count, n, Q, P, q, p, reversed_kernel(F, stride, padding, dilation), R)
-    plan = plans_cuda.phc_conv_factored(*sizes, U is not None, dtype, gpu.tf32(), capability)
+    plan = plans_cuda.phc_conv_factored(*sizes, U is not None, dtype, gpu.tf32(convolution=True), capability)
     if plan is CudaPlan.COMPOSED:
         return reference.phc_conv_factored_input_grad(*args)
     from ..kernels.gpu import phc_conv_factored as driver

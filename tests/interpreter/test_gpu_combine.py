@@ -24,12 +24,11 @@ class Sum(NamedTuple):
     T: int
     M: int
     J: int
-    own: bool = False  # blocks of their own for each output
     ones: bool = False  # no coefficients
 
     def tensors(self, values=ternary, dtype: torch.dtype = torch.float32, layout=lambda t: t) -> dict[str, Tensor]:
-        C, T, M, J, own, ones = self
-        shapes = {"x": (*([C] if own else []), T, M, J), "residual": (C, M, J), "coefficients": (C, T)}
+        C, T, M, J, ones = self
+        shapes = {"x": (T, M, J), "residual": (C, M, J), "coefficients": (C, T)}
         result = {name: layout(values(shape, i).to(dtype)) for i, (name, shape) in enumerate(shapes.items())}
         if ones:
             result["coefficients"] = torch.ones(C, T, dtype=dtype)
@@ -48,18 +47,15 @@ class Sum(NamedTuple):
 
 
 PER_FEATURE = ("bias", "alpha")
-# Tiles of 1024 or, of more than 8 terms, 512 entries, of up to 128 columns; 32 outputs in a program.
+# Tiles of 1024 or, of more than 8 terms, 512 entries, of up to 128 columns.
 SUMS = (
     Sum(1, 1, 1, 1),
     Sum(3, 2, 5, 7),
     Sum(2, 8, 9, 129),
     Sum(2, 9, 5, 129),
     Sum(5, 3, 300, 3),
-    Sum(33, 2, 3, 5),
-    Sum(70, 1, 2, 3),
+    Sum(32, 2, 3, 5),
     Sum(4, 32, 3, 33),
-    Sum(3, 4, 5, 7, own=True),
-    Sum(34, 2, 3, 17, own=True, ones=True),
     Sum(2, 32, 3, 5, ones=True),
     Sum(2, 3, 0, 5),
 )

@@ -45,13 +45,12 @@ def far(vast) -> Callable[..., Tensor]:
     return copy
 
 
-@pytest.mark.parametrize(
-    "which, axis", [*(("x", i) for i in range(4)), *((name, i) for name in ("residual", "out") for i in range(3))]
-)
+@pytest.mark.parametrize("axis", range(3))
+@pytest.mark.parametrize("which", ("x", "residual", "out"))
 def test_combine(which, axis, far):
-    tensors = {"x": half(3, 3, 3, 3), "residual": half(3, 3, 3, seed=1), "out": torch.zeros(3, 3, 3).half()}
+    tensors = {"x": half(3, 3, 3), "residual": half(3, 3, 3, seed=1), "out": torch.zeros(3, 3, 3).half()}
     coefficients = half(3, 3, seed=2)
-    expected = torch.einsum("ct,ctmj->cmj", coefficients.double(), tensors["x"].double()) + tensors["residual"].double()
+    expected = torch.einsum("ct,tmj->cmj", coefficients.double(), tensors["x"].double()) + tensors["residual"].double()
     tensors[which] = far(tensors[which], axis)
     combine(tensors["x"], coefficients, tensors["out"], residual=tensors["residual"])
     exact(tensors["out"], expected)

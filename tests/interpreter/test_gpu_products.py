@@ -42,7 +42,7 @@ def test_every_tile_has_one_program(tiles_b, tiles_w):
 
 
 @pytest.mark.parametrize("splits", (1, 2, 3, 4, 5, 9))
-@pytest.mark.parametrize("sizes", ((2, 3, 2), (5, 2, 4)), ids=("algebra_in_registers", "algebra_read_again"))
+@pytest.mark.parametrize("sizes", ((2, 3, 2), (5, 2, 4)), ids=("few_terms", "many_terms"))
 def test_split_sums(sizes, splits):
     """Five steps over q, the last of them a part of one; the last part has fewer steps where they do not divide."""
     tensors = draw(linear((13,), *sizes, 17, 33), ternary, torch.float32)

@@ -9,7 +9,10 @@ import functools
 import importlib.util
 import os
 import shutil
+import sysconfig
 from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,8 +27,11 @@ def reason(capability: int) -> str:
         return "the kernels are for NVIDIA cards"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    if not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
-        return "triton finds no C compiler (gcc or clang, or CC), which it needs to start kernels"
+    compilers = (os.environ["CC"],) if "CC" in os.environ else ("gcc", "clang")
+    if not any(map(shutil.which, compilers)):
+        return f"triton needs a C compiler to start kernels, and there is no {' or '.join(compilers)}"
+    if not Path(sysconfig.get_paths()["include"], "Python.h").exists():
+        return "triton needs Python.h (python3-dev) to start kernels"
     if not architecture(capability):
         return f"compute capability {capability // 10}.{capability % 10} is below 8.0"
     return ""
@@ -61,6 +67,7 @@ def common_dtype(tensors: Iterable[Tensor | None], algebra: Iterable[Tensor | No
     return dtypes.pop() if len(dtypes) == 1 and of_algebra <= dtypes else None
 
 
-def tf32() -> bool:
-    """Whether torch's matmul rounds the operands of float32 products to TF32 on CUDA; the kernels follow it."""
-    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+def tf32(convolution: bool = False) -> bool:
+    """Whether torch's matmul, or cuDNN, rounds the operands of float32 products to TF32; the kernels follow them."""
+    of: Any = torch.backends.cudnn.conv if convolution else torch.backends.cuda.matmul  # type: ignore[attr-defined]
+    return of.fp32_precision == "tf32"

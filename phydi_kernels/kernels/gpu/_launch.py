@@ -17,7 +17,7 @@ from . import tf32
 # TRITON_INTERPRET=1 runs kernels as Python on CPU tensors.
 INTERPRETED = triton.knobs.runtime.interpret
 
-# Backward runs in a thread for each device, and cuDNN's settings are global.
+# Backward runs in a thread for each device, and the setting is global.
 _CUDNN = threading.Lock()
 
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -41,8 +41,9 @@ def dot_type(dtype: torch.dtype) -> tl.dtype:
     return tl.float32 if INTERPRETED and dtype is torch.bfloat16 else _TYPES[dtype]
 
 
-def precision(dtype: torch.dtype) -> str:
-    return "tf32" if dtype is torch.float32 and tf32() else "ieee"
+def precision(dtype: torch.dtype, convolution: bool = False) -> str:
+    """How float32 products round: "tf32" where torch's own do so on CUDA, else "ieee"."""
+    return "tf32" if dtype is torch.float32 and tf32(convolution) else "ieee"
 
 
 def alpha_kind(alpha: Tensor | None) -> int:
@@ -63,14 +64,13 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 
 @contextmanager
-def library_convolution() -> Iterator[None]:
-    """cuDNN's algorithms of the same result at every call, with float32 products rounded as those of the kernels."""
-    cudnn = torch.backends.cudnn
+def deterministic() -> Iterator[None]:
+    """cuDNN's algorithms of the same result at every call."""
     with _CUDNN:
-        conv: Any = cudnn.conv  # type: ignore[attr-defined]
-        before = cudnn.deterministic, conv.fp32_precision
-        cudnn.deterministic, conv.fp32_precision = True, "tf32" if tf32() else "ieee"
+        before = torch._C._get_cudnn_deterministic()
+        # Not torch.backends.cudnn, whose settings may be frozen.
+        torch._C._set_cudnn_deterministic(True)
         try:
             yield
         finally:
-            cudnn.deterministic, conv.fp32_precision = before
+            torch._C._set_cudnn_deterministic(before)

@@ -1,7 +1,7 @@
 """Weighted sums of blocks, and dot products of blocks: all of a layer but its products.
 
 ``combine`` is x-hat, F-hat, the sum over Y-hat with the epilogue, the sum of split products and the gradients of F;
-``block_dots`` the gradients of U, V, W and A. Both are bound by memory: every block is read once.
+``block_dots`` the gradients of U, V, W and A. Both are bound by memory.
 """
 
 from __future__ import annotations
@@ -13,8 +13,6 @@ from torch import Tensor
 
 from ._launch import alpha_kind, cdiv, launch
 
-# Outputs of one program; further ones read the blocks again, from L2.
-_OUTPUTS = 32
 _TILE = 1024
 # Partial sums that one program of block_dots holds.
 _DOTS = 32
@@ -50,10 +48,8 @@ def combine_kernel(
     bias,
     residual,
     alpha,
-    C,
     M,
     J,
-    x_c,
     x_t,
     x_m,
     x_j,
@@ -66,7 +62,7 @@ def combine_kernel(
     residual_m,
     residual_j,
     T: tl.constexpr,
-    CHUNK: tl.constexpr,
+    C: tl.constexpr,
     ALPHA: tl.constexpr,
     RELU: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -77,26 +73,25 @@ def combine_kernel(
     m = ((tile // tiles) * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
     j = ((tile % tiles) * BLOCK_J + tl.arange(0, BLOCK_J))[None, :]
     mask = (m < M) & (j < J)
-    first = tl.program_id(1).to(tl.int64) * CHUNK
-    pointers = x + first * x_c + m * x_m + j * x_j
+    pointers = x + m * x_m + j * x_j
     blocks = ()
     for _ in tl.static_range(T):
         blocks = blocks + (tl.load(pointers, mask=mask, other=0.0).to(tl.float32),)
         pointers += x_t
-    for offset in tl.static_range(CHUNK):
-        c = first + offset
-        if c < C:
-            h = tl.zeros((BLOCK_M, BLOCK_J), tl.float32)
-            for t in tl.static_range(T):
-                if coefficients is None:
-                    h += blocks[t]
-                else:
-                    h += tl.load(coefficients + c * c_c + t * c_t).to(tl.float32) * blocks[t]
-            of_residual = None
-            if residual is not None:
-                of_residual = residual + c * residual_c + m * residual_m + j * residual_j
-            h = epilogue(h, c * J, j, j < J, of_residual, mask, bias, alpha, ALPHA, RELU)
-            tl.store(out + c * out_c + m * out_m + j * out_j, h, mask=mask)
+    for c in tl.static_range(C):
+        h = tl.zeros((BLOCK_M, BLOCK_J), tl.float32)
+        for t in tl.static_range(T):
+            if coefficients is None:
+                h += blocks[t]
+            else:
+                h += tl.load(coefficients + c * c_c + t * c_t).to(tl.float32) * blocks[t]
+        of_residual = None
+        if residual is not None:
+            of_residual = residual + m * residual_m + j * residual_j
+            residual += residual_c
+        h = epilogue(h, c * J, j, j < J, of_residual, mask, bias, alpha, ALPHA, RELU)
+        tl.store(out + m * out_m + j * out_j, h, mask=mask)
+        out += out_c
 
 
 def _tile(M: int, J: int, entries: int) -> tuple[int, int]:
@@ -117,34 +112,32 @@ def combine(
     """out_c = residual_c + alpha * act(sum_t coefficients[c,t] x_t + bias_c), computed in float32.
 
     Args:
-        x: (T, M, J), or (C, T, M, J) with blocks of their own for each output; any strides, T <= plans_cuda.MAX_BLOCKS.
+        x: (T, M, J), any strides; T and C at most plans_cuda.MAX_BLOCKS.
         coefficients: (C, T), or None for ones.
         out: (C, M, J), any strides.
         bias, alpha: C * J entries in the order of (c, j); alpha may be one entry.
         residual: (C, M, J), any strides.
     """
     C, M, J = out.shape
-    T, own = x.shape[-3], x.dim() == 4
+    T = len(x)
     rows, columns = _tile(M, J, _TILE if T <= 8 else _TILE // 2)
-    chunk = 1 if own else min(C, _OUTPUTS)
     launch(
         combine_kernel,
-        (cdiv(M, rows) * cdiv(J, columns), cdiv(C, chunk)),
+        (cdiv(M, rows) * cdiv(J, columns),),
         x,
         coefficients,
         out,
         bias,
         residual,
         alpha,
-        C,
         M,
         J,
-        *(x.stride() if own else (0, *x.stride())),
+        *x.stride(),
         *((0, 0) if coefficients is None else coefficients.stride()),
         *out.stride(),
         *((0, 0, 0) if residual is None else residual.stride()),
         T=T,
-        CHUNK=chunk,
+        C=C,
         ALPHA=alpha_kind(alpha),
         RELU=relu,
         BLOCK_M=rows,
@@ -234,7 +227,7 @@ def block_dots(a: Tensor, b: Tensor) -> Tensor:
 def structure_kernel(
     U, V, W, out, n, P, Q, R, u_r, u_i, v_r, v_k, w_r, w_l, ENTRIES: tl.constexpr, HAS_U: tl.constexpr
 ):
-    entry = tl.arange(0, ENTRIES)
+    entry = tl.program_id(0) * ENTRIES + tl.arange(0, ENTRIES)
     mask = entry < n * P * Q
     i, k, l = entry // (P * Q), entry // Q % P, entry % Q  # noqa: E741
     total = tl.zeros((ENTRIES,), tl.float32)
@@ -254,9 +247,10 @@ def structure(U: Tensor | None, V: Tensor, W: Tensor) -> Tensor:
     (R, P), Q = V.shape, W.shape[1]
     n = R if U is None else U.shape[1]
     A = torch.empty((n, P, Q), dtype=torch.float32, device=V.device)
+    entries = min(triton.next_power_of_2(A.numel()), 512)
     launch(
         structure_kernel,
-        (1,),
+        (cdiv(A.numel(), entries),),
         V if U is None else U,
         V,
         W,
@@ -268,7 +262,7 @@ def structure(U: Tensor | None, V: Tensor, W: Tensor) -> Tensor:
         *((0, 0) if U is None else U.stride()),
         *V.stride(),
         *W.stride(),
-        ENTRIES=triton.next_power_of_2(A.numel()),
+        ENTRIES=entries,
         HAS_U=U is not None,
     )
     return A

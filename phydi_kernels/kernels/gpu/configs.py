@@ -108,15 +108,15 @@ def stream_kernel(M: int) -> str:
     return f"stream{stream_tile(M)}"
 
 
-def key(kernel: str, dtype: torch.dtype, n: int) -> tuple[str, str, int]:
+def key(kernel: str, dtype: torch.dtype, n: int, convolution: bool = False) -> tuple[str, str, int]:
     """The key of TABLE for ``n`` terms: the one of the fewest that holds them."""
-    kind = dtype_class(dtype, precision(dtype) == "tf32")
+    kind = dtype_class(dtype, precision(dtype, convolution) == "tf32")
     return kernel, kind, min(most for most in (2, 4, 8) if n <= most and (kernel, kind, most) in TABLE)
 
 
-def fixed(kernel: str, dtype: torch.dtype, n: int, p: int, arch: int) -> Config:
+def fixed(kernel: str, dtype: torch.dtype, n: int, p: int, arch: int, convolution: bool = False) -> Config:
     """The table's entry; where a block has fewer features than a tile, the narrowest tile that holds it."""
-    entry = TABLE[key(kernel, dtype, n)]
+    entry = TABLE[key(kernel, dtype, n, convolution)]
     tile = entry.get(arch, entry[0])
     # Of stream features are the rows of a product: on sm_90 a warpgroup's has 64.
     narrow = 32 if p <= 32 and not kernel.startswith("stream") else 64
@@ -124,17 +124,23 @@ def fixed(kernel: str, dtype: torch.dtype, n: int, p: int, arch: int) -> Config:
 
 
 def config(
-    kernel: str, dtype: torch.dtype, n: int, p: int, device: torch.device, run: Callable[[Config], object]
+    kernel: str,
+    dtype: torch.dtype,
+    n: int,
+    p: int,
+    device: torch.device,
+    run: Callable[[Config], object],
+    convolution: bool = False,
 ) -> Config:
     """The tiles of a call: the table's, or with PHYDI_AUTOTUNE=1 the fastest of its neighbours, by ``run``.
 
     What was measured is kept in cache_file(), for each card, and read again by every process that sets the variable.
     """
-    tile = fixed(kernel, dtype, n, p, architecture(capability(device)))
+    tile = fixed(kernel, dtype, n, p, architecture(capability(device)), convolution)
     if not autotunes() or device.type != "cuda":
         return tile
     card = torch.cuda.get_device_name(device)
-    name = "/".join(map(str, (*key(kernel, dtype, n), tile.block_n)))
+    name = "/".join(map(str, (*key(kernel, dtype, n, convolution), tile.block_n)))
     file = cache_file()
     known = _known(file, card)
     if name not in known:

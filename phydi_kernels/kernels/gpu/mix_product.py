@@ -17,7 +17,7 @@ from .combine import combine, epilogue
 from .configs import Config
 
 
-@triton.jit(do_not_specialize=["B"])
+@triton.jit(do_not_specialize=["B", "steps"])
 def mix_product_kernel(
     x,
     A,

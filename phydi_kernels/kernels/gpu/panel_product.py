@@ -218,7 +218,7 @@ def panel_product(
         ALPHA=alpha_kind(alpha),
         RELU=relu,
         DOT=dot_type(x.dtype),
-        PRECISION=precision(x.dtype),
+        PRECISION=precision(x.dtype, window.image),
         num_warps=config.warps,
         num_stages=config.stages,
     )

@@ -2,8 +2,8 @@
 
 * panel: implicit GEMM in channels_last, tiles of H formed in registers.
 * built: torch's convolution with panels of H that L2 holds; its result is read once, with the epilogue.
-* mix: torch's convolution of F with mixed inputs, output block k as an extra batch; the additions around it are
-  combine's. For three dimensions and large kernels.
+* mix: torch's gradient of F's input, of mixed gradients, input block l as an extra batch: where the input's gradient
+  is no convolution.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...plans_cuda import CudaPlan
 from ..phc_conv import convolution_backward, output_size, planar, planar_geometry
-from ._launch import library_convolution
+from ._launch import deterministic
 from .combine import combine
 from .configs import Config, config
 from .panel_product import Window, panel_product
@@ -71,19 +71,10 @@ def phc_conv(
         def run(tile: Config) -> Tensor:
             return panel_product(pixels, A, weights, bias, rest, alpha, relu, place, tile)
 
-        y = run(config("panel", x.dtype, max(n, P), p, x.device, run))
+        y = run(config("panel", x.dtype, max(n, P), p, x.device, run, convolution=True))
         return as_images(y.view(len(x), *size, P * p))
-    if plan is CudaPlan.BUILT:
-        geometry = (stride, padding, dilation)
-        return as_images(built(as_images(pixels), A, F, geometry, bias, rest, alpha, relu).view(len(x), *size, P * p))
-    weight = F.transpose(0, 1).flatten(1, 2)
-    none = [0] * len(stride)
-    with library_convolution():
-        h = torch.ops.aten.convolution(mixed(pixels, A), weight, None, stride, padding, dilation, False, none, 1)
-    y = torch.empty((len(x), *size, P * p), dtype=x.dtype, device=x.device)
-    by_block = as_rows(as_pixels(h)).view(P, 1, -1, p)
-    combine(by_block, None, blocks(as_rows(y), P), bias, None if rest is None else blocks(rest, P), alpha, relu)
-    return as_images(y)
+    geometry = (stride, padding, dilation)
+    return as_images(built(as_images(pixels), A, F, geometry, bias, rest, alpha, relu).view(len(x), *size, P * p))
 
 
 def built(
@@ -101,10 +92,12 @@ def built(
     results = []
     for features, panel in panels_of_H(A, taps_first(F)):
         weight = as_images(panel.view(len(panel), *kernel, panel.shape[-1]))
-        with library_convolution():
+        with deterministic():
             h = torch.ops.aten.convolution(x, weight, None, *geometry, False, none, 1)
         results.append((features, as_rows(as_pixels(h))))
     features, h = results[-1]
+    if len(results) == 1 and bias is None and residual is None and alpha is None and not relu:
+        return h
     y = torch.empty((len(h), features.stop), dtype=x.dtype, device=x.device)
     for features, h in results:
         of_bias, of_alpha = (t if t is None or t.numel() == 1 else t[features] for t in (bias, alpha))
@@ -142,7 +135,7 @@ def phc_conv_input_grad(
     Q, q = A.shape[2], F.shape[2]
     B, _, *spatial = input_size
     like = torch.empty((Q * B, *spatial, q), dtype=grad.dtype, device=grad.device)
-    with library_convolution():
+    with deterministic():
         dx = convolution_backward(
             mixed(as_pixels(grad), transposed), as_images(like), F.flatten(0, 1), stride, padding, dilation, of=0
         )
@@ -158,7 +151,7 @@ def phc_conv_weight_grad(
 
     def panels() -> Iterator[Tensor]:
         for g in grad.split(p, 1):
-            with library_convolution():
+            with deterministic():
                 G = convolution_backward(g, x, weight, stride, padding, dilation, of=1)
             yield G.reshape(p, Q, -1).transpose(0, 1)
 

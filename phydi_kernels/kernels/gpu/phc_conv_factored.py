@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...plans_cuda import CudaPlan
 from ..phc_conv import output_size
-from ._launch import library_convolution
+from ._launch import deterministic
 from .combine import block_dots, combine
 from .configs import Config, config
 from .phc_conv import as_images, as_pixels, taps_first, window
@@ -33,7 +33,7 @@ def in_groups(pixels: Tensor, coefficients: Tensor) -> Tensor:
 
 def grouped(x_hat: Tensor, weight: Tensor, geometry: Sequence[list[int]], groups: int) -> Tensor:
     none = [0] * len(geometry[0])
-    with library_convolution():
+    with deterministic():
         return torch.ops.aten.convolution(x_hat, weight, None, *geometry, False, none, groups)
 
 
@@ -76,7 +76,7 @@ def phc_conv_factored(
     def run(tile: Config) -> Tensor:
         return rank_product(mixed, V, factor, F_hat, bias, rest, alpha, relu, place, tile)
 
-    y = run(config(plan.value, x.dtype, P, p, x.device, run))
+    y = run(config(plan.value, x.dtype, P, p, x.device, run, convolution=True))
     return as_images(y.view(len(x), *size, P * p))
 
 
@@ -109,7 +109,7 @@ def _backward(
     grad: Tensor, x: Tensor, weight: Tensor, geometry: Sequence[list[int]], groups: int, of_weight: bool
 ) -> tuple[Tensor, Tensor]:
     none = [0] * len(geometry[0])
-    with library_convolution():
+    with deterministic():
         t, d_weight, _ = torch.ops.aten.convolution_backward(
             grad, x, weight, None, *geometry, False, none, groups, [True, of_weight, False]
         )

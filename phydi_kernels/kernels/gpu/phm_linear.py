@@ -69,6 +69,7 @@ def built(
     """By cuBLAS, with panels of H; what is more than a bias takes a pass of its own."""
     plain = residual is None and alpha is None and not relu
     y = torch.empty((len(rows), A.shape[1] * F.shape[1]), dtype=rows.dtype, device=rows.device)
+    rows = rows if rows.stride(1) == 1 else rows.contiguous()
     for features, panel in panels_of_H(A, F):
         if bias is not None and plain:
             torch.addmm(bias[features], rows, panel.t(), out=y[:, features])

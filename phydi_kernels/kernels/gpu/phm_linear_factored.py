@@ -52,7 +52,9 @@ def phm_linear_factored(
     F_hat = combined_weights(U, F)
     if plan is CudaPlan.PASSES:
         y = torch.empty((len(rows), P * p), dtype=x.dtype, device=x.device)
-        y_hat = torch.bmm(combined_rows(rows, W), F_hat.mT)
+        # In float16 Y-hat may overflow where y does not.
+        multiply = product if x.dtype is torch.float16 else torch.bmm
+        y_hat = multiply(combined_rows(rows, W), F_hat.mT)
         combine(y_hat, V.t(), blocks(y, P), bias, None if rest is None else blocks(rest, P), alpha, relu)
     else:
         fused = plan is CudaPlan.FUSED

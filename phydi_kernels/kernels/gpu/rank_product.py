@@ -192,7 +192,7 @@ def rank_product(
         ALPHA=alpha_kind(alpha),
         RELU=relu,
         DOT=dot_type(x.dtype),
-        PRECISION=precision(x.dtype),
+        PRECISION=precision(x.dtype, window.image),
         num_warps=config.warps,
         num_stages=config.stages,
     )
