@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from driver_calls import calls, check_close, check_exact
 from helpers import DTYPES, LAYOUTS, assert_exact, dtype_id, normal
 from op_cases import CASES, conv, factored, linear, per_channel
 from op_checks import double
+
+from phydi_kernels.kernels.gpu import phm_linear
 
 pytestmark = pytest.mark.usefixtures("guarded", "small_tiles")
 
@@ -51,6 +54,24 @@ SMALL = (_LINEAR, factored(_LINEAR, 3), _CONV, factored(_CONV, 3))
 @pytest.mark.parametrize("problem", PROBLEMS, ids=str)
 def test_integer_values_are_exact(problem):
     check_exact(problem)
+
+
+@pytest.mark.parametrize("blocks", (1, 2))
+@pytest.mark.parametrize("activation", ("none", "relu"))
+@pytest.mark.parametrize("problem", (LINEAR[0], LINEAR[3], LINEAR_FACTORED[0], CONV[1], CONV[8]), ids=str)
+def test_panels_of_some_output_blocks(problem, activation, blocks, monkeypatch):
+    """The last of them with fewer blocks; bias, residual and alpha are those of a panel's features."""
+    F = problem.shapes["F"]
+    Q = problem.shapes["x"][-1 if len(F) == 3 else 1] // F[2]
+    monkeypatch.setattr(phm_linear, "PANEL_BYTES", blocks * math.prod(F[1:]) * Q * 4)
+    check_exact(problem, activation=activation)
+
+
+@pytest.mark.parametrize("problem", (LINEAR[0], CONV[1]), ids=str)
+def test_panels_without_an_epilogue(problem, monkeypatch):
+    monkeypatch.setattr(phm_linear, "PANEL_BYTES", 1)
+    for omit in (("residual", "alpha"), ("bias", "residual", "alpha")):
+        check_exact(problem, omit=omit)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[2:], ids=dtype_id)
