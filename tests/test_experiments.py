@@ -534,7 +534,7 @@ import sys
 from pathlib import Path
 import test_experiments as t
 if __name__ == "__main__":
-    t.runs.run_all([t.run(step_seconds=0.4)], Path(sys.argv[1]), t.build, processes=1)
+    t.runs.run_all([t.run(step_seconds=0.1)], Path(sys.argv[1]), t.build, processes=1)
 """
 
 
@@ -542,7 +542,7 @@ def test_processes_survive_ctrl_c_and_end_with_a_killed_first_process(tmp_path, 
     script, out = tmp_path / "script.py", tmp_path / "out"
     script.write_text(SCRIPT)
     path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    job = run(step_seconds=0.4)
+    job = run(step_seconds=0.1)
     checkpoint = job.folder(out) / "checkpoint.pt"
 
     def steps() -> int:
@@ -555,6 +555,8 @@ def test_processes_survive_ctrl_c_and_end_with_a_killed_first_process(tmp_path, 
             env={**os.environ, "PYTHONPATH": path},
             stderr=subprocess.PIPE,
             start_new_session=True,
+            # A job in the background of a shell ignores it, and so would its children.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         while process.poll() is None and steps() == before:
             time.sleep(0.02)
