@@ -88,7 +88,7 @@ def architecture(capability: int) -> int:
     return max((a for a in CARDS if a <= capability), default=0)
 
 
-def _cdiv(a: int, b: int) -> int:
+def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
@@ -114,22 +114,22 @@ class _Costs:
 
     def tiles(self, count: int, multiplications: float, efficiency: float) -> float:
         """``count`` tiles of a result, each of so many multiplications, on all processors, a whole number of times."""
-        return _cdiv(count, self.card.processors) * multiplications / (self.rate * efficiency)
+        return cdiv(count, self.card.processors) * multiplications / (self.rate * efficiency)
 
     def library(self, batch: int, M: int, N: int, K: int) -> float:
         """A product, or a batch of them, by cuBLAS."""
-        return self.tiles(batch * _cdiv(M, 128) * _cdiv(N, 128), 128 * 128 * K, _SUSTAINED)
+        return self.tiles(batch * cdiv(M, 128) * cdiv(N, 128), 128 * 128 * K, _SUSTAINED)
 
     def panel(self, rows: int, n: int, P: int, p: int, K: int) -> float:
         terms = max(n, P)
         width = 128 if terms <= 2 else 64
-        tiles = _cdiv(rows, 128) * _cdiv(p, width)
+        tiles = cdiv(rows, 128) * cdiv(p, width)
         return self.tiles(tiles, P * 128 * width * K, self.reaches("panel", terms)) + _GAP
 
     def built(self, rows: int, P: int, features: int, K: int) -> float:
         """Panels are written and read in L2, by a kernel for each block; the epilogue reads and writes the result."""
         moved = self.l2(2 * features * K) + self.memory(2 * rows * features)
-        kernels = P + _cdiv(features * K * self.size, PANEL_BYTES) + 1
+        kernels = P + cdiv(features * K * self.size, PANEL_BYTES) + 1
         return self.library(1, rows, features, K) + moved + kernels * _GAP
 
     def reaches(self, kernel: str, terms: int) -> float:
@@ -144,8 +144,8 @@ def _linear_costs(costs: _Costs, rows: int, n: int, P: int, Q: int, p: int, q: i
         return result
     tile, width = stream_tile(M), 128 if M > 64 else 64
     splits = stream_splits(M, p, q, (tile, width, 32), costs.capability)
-    tiles = _cdiv(M, tile) * _cdiv(p, width) * splits
-    stream = costs.tiles(tiles, tile * width * n * _cdiv(q, splits), costs.reaches("stream", max(n, P, Q)))
+    tiles = cdiv(M, tile) * cdiv(p, width) * splits
+    stream = costs.tiles(tiles, tile * width * n * cdiv(q, splits), costs.reaches("stream", max(n, P, Q)))
     # The parts are float32, written and read.
     stream = max(stream, memory) + (costs.l2(2 * splits * rows * P * p * 4 / costs.size) + _GAP if splits > 1 else 0.0)
     result[CudaPlan.STREAM] = stream + _GAP
@@ -166,8 +166,8 @@ def stream_tile(M: int) -> int:
 
 def stream_splits(M: int, p: int, q: int, tile: Sequence[int], capability: int) -> int:
     """In how many parts the stream plan sums over q, so that its tiles occupy the card."""
-    tiles = max(1, _cdiv(M, tile[0]) * _cdiv(p, tile[1]))
-    return max(1, min(_cdiv(q, tile[2]), MAX_BLOCKS, CARDS[architecture(capability)].processors // tiles))
+    tiles = max(1, cdiv(M, tile[0]) * cdiv(p, tile[1]))
+    return max(1, min(cdiv(q, tile[2]), MAX_BLOCKS, CARDS[architecture(capability)].processors // tiles))
 
 
 def _supported(dtype: torch.dtype | None, capability: int, sizes: Sequence[int]) -> TypeGuard[torch.dtype]:
@@ -225,12 +225,12 @@ def _factored_costs(
     result = {CudaPlan.PASSES: passes + form}
     if P <= MAX_RESULTS:
         K, tile = R * q * taps, 128 * 64
-        count = _cdiv(outputs, 128) * _cdiv(p, 64)
+        count = cdiv(outputs, 128) * cdiv(p, 64)
         products = costs.tiles(count, tile * K, costs.reaches("epilogue", P))
         products = max(products, costs.memory(X_hat + read + Y)) + costs.memory(X + X_hat) + 2 * _GAP
         result[CudaPlan.EPILOGUE] = products + form
         if Q <= MAX_FUSED_INPUTS:
-            count = _cdiv(outputs, 64) * _cdiv(p, 128)
+            count = cdiv(outputs, 64) * cdiv(p, 128)
             products = costs.tiles(count, tile * K, costs.reaches("fused", P))
             result[CudaPlan.FUSED] = max(products, costs.memory(X + read + Y)) + _GAP + form
     return result

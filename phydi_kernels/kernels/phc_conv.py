@@ -97,6 +97,12 @@ def output_size(
     ]
 
 
+def reversed_filters(F: Tensor, padding: list[int], dilation: list[int]) -> tuple[Tensor, list[int]]:
+    """(F, padding) of the convolution that is the input's gradient where the stride is 1."""
+    border = [e * (k - 1) - pad for k, pad, e in zip(F.shape[3:], padding, dilation, strict=True)]
+    return F.transpose(1, 2).flip(list(range(3, F.dim()))), border
+
+
 def as_image(t: Tensor, planes: bool) -> Tensor:
     """(B, channels, *spatial) as (B, channels, pixels) if contiguous, ``planes``, else as (B, pixels, channels)."""
     B, channels, *spatial = t.shape

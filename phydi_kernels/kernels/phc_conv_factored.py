@@ -32,6 +32,7 @@ from .phc_conv import (
     output_size,
     planar,
     planar_geometry,
+    reversed_filters,
     to_work_dtype,
 )
 
@@ -193,8 +194,7 @@ def phc_conv_factored_input_grad(
     dtype = grad.dtype
     grad, F = to_work_dtype(grad, F)
     if plan is Plan.DIRECT:
-        reverse = F.transpose(1, 2).flip(list(range(3, F.dim())))
-        border = [e * (k - 1) - pad for k, pad, e in zip(F.shape[3:], padding, dilation, strict=True)]
+        reverse, border = reversed_filters(F, padding, dilation)
         geometry = planar_geometry(stride, border, dilation)
         F_hat = _combined(U, reverse.contiguous())
         return _directly(grad, V, W, F_hat, input_size, geometry, None, None, None, "none").to(dtype)

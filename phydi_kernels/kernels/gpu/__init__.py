@@ -38,11 +38,13 @@ def reason(capability: int) -> str:
 
 
 def status() -> str:
-    """Why CUDA tensors of this process cannot reach the kernels, or "": of the first device where there is one."""
-    if not torch.cuda.is_available():
-        return reason(min(CARDS))
-    major, minor = torch.cuda.get_device_capability()
-    return reason(10 * major + minor)
+    """Why CUDA tensors of this process cannot reach the kernels, or "": of the current device where there is one."""
+    return reason(_capability(None) if torch.cuda.is_available() else min(CARDS))
+
+
+def _capability(device: torch.device | None) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 @functools.cache
@@ -53,11 +55,11 @@ def capability(device: torch.device) -> int:
     """
     if device.type != "cuda":
         return 90
-    major, minor = torch.cuda.get_device_capability(device)
-    why = reason(10 * major + minor)
+    of_card = _capability(device)
+    why = reason(of_card)
     if why:
         cpu.warn(f"{torch.cuda.get_device_name(device)}: {why}")
-    return 0 if why else 10 * major + minor
+    return 0 if why else of_card
 
 
 def common_dtype(tensors: Iterable[Tensor | None], algebra: Iterable[Tensor | None]) -> torch.dtype | None:

@@ -51,10 +51,6 @@ def alpha_kind(alpha: Tensor | None) -> int:
     return 0 if alpha is None else 1 if alpha.numel() == 1 else 2
 
 
-def cdiv(a: int, b: int) -> int:
-    return -(-a // b)
-
-
 def product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b in float32, of matrices or of batches of them."""
     if a.dtype is torch.float32 or a.device.type != "cuda":

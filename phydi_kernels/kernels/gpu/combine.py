@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import alpha_kind, cdiv, launch
+from ...plans_cuda import cdiv
+from ._launch import alpha_kind, launch
 
 _TILE = 1024
 # Partial sums that one program of block_dots holds.

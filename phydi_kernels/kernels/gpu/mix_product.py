@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import alpha_kind, cdiv, dot_type, launch, precision
+from ...plans_cuda import cdiv
+from ._launch import alpha_kind, dot_type, launch, precision
 from .combine import combine, epilogue
 from .configs import Config
 

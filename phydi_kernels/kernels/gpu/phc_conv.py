@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...plans_cuda import CudaPlan
-from ..phc_conv import convolution_backward, output_size, planar, planar_geometry
+from ..phc_conv import convolution_backward, output_size, planar, planar_geometry, reversed_filters
 from ._launch import deterministic
 from .combine import combine
 from .configs import Config, config
@@ -128,9 +128,7 @@ def phc_conv_input_grad(
 ) -> Tensor:
     transposed = A.transpose(1, 2)
     if plan is not CudaPlan.MIX:
-        # With stride 1 it is a convolution of the reversed filters.
-        reverse = F.transpose(1, 2).flip(list(range(3, F.dim())))
-        border = [e * (k - 1) - pad for k, pad, e in zip(F.shape[3:], padding, dilation, strict=True)]
+        reverse, border = reversed_filters(F, padding, dilation)
         return phc_conv(grad, transposed, reverse, None, stride, border, dilation, None, None, "none", plan)
     Q, q = A.shape[2], F.shape[2]
     B, _, *spatial = input_size

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...plans_cuda import CudaPlan
-from ..phc_conv import output_size
+from ..phc_conv import output_size, reversed_filters
 from ._launch import deterministic
 from .combine import block_dots, combine
 from .configs import Config, config
@@ -93,9 +93,8 @@ def phc_conv_factored_input_grad(
     plan: CudaPlan,
 ) -> Tensor:
     if plan is not CudaPlan.PASSES:
-        # With stride 1 it is a convolution of the reversed filters, with V and W exchanged.
-        reverse = F.transpose(1, 2).flip(list(range(3, F.dim())))
-        border = [e * (k - 1) - pad for k, pad, e in zip(F.shape[3:], padding, dilation, strict=True)]
+        # Its transpose has V and W exchanged.
+        reverse, border = reversed_filters(F, padding, dilation)
         return phc_conv_factored(grad, U, W, V, reverse, None, stride, border, dilation, None, None, "none", plan)
     R, Q = W.shape
     B, _, *spatial = input_size

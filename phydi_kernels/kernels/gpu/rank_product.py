@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import alpha_kind, cdiv, dot_type, launch, precision
+from ...plans_cuda import cdiv
+from ._launch import alpha_kind, dot_type, launch, precision
 from .combine import epilogue
 from .configs import Config
 from .panel_product import Window, place_in_image, tile_of
