@@ -39,6 +39,7 @@ _RANK_SPLIT = 0.3  # an entry of F-hat's gradient, and
 _RANK_SPLIT_TERM = 0.025  # for each term its share in dU and dF
 _SPLIT = 0.1  # an entry of dL/dH, and
 _SPLIT_TERM = 0.07  # for each term its share in dA and dF
+_TURN_ROW = 0.13  # an entry of the input or of y's gradient packed along the batch
 # bfloat16 beside float32: a packed product (two in a lane), a stream (converted at each use), packing.
 _BFLOAT16_PRODUCT = 0.52
 _BFLOAT16_STREAM = 1.35
@@ -131,6 +132,7 @@ def phm_linear(rows: int, n: int, P: int, Q: int, p: int, q: int, contiguous: bo
 def _weight_grad_costs(rows: int, n: int, P: int, Q: int, p: int, q: int) -> dict[Plan, float]:
     wide_q = _padded(q)
     cost = {Plan.PANEL: P * p * Q * wide_q * (_SPLIT + n * _SPLIT_TERM + rows * _PRODUCT)}
+    cost[Plan.PANEL] += rows * (P * p + Q * q) * _TURN_ROW
     if rows * P * (2 * q + p) <= _STREAM_ENTRIES:
         cost[Plan.STREAM] = rows * P * n * wide_q * (p * _STREAM_UPDATE + Q * _STREAM_ALGEBRA)
     return cost
@@ -183,15 +185,18 @@ def _linear_factored_grad_costs(
     # F-hat x-hat for dV, its transpose for dx and dW, the outer products for dU and dF; x and grad are mixed for each.
     rank += 3 * _products(rows, p, q, R, bfloat16) + 3 * rows * R * (_padded(q) * Q + _padded(p) * P) * _ADD_GRAD
     of_weights = _weight_grad_costs(rows, n, P, Q, p, q)
-    of_input = _linear_costs(rows, n, Q, P, q, p, False, bfloat16)
-    cost = {plan: of_weights[plan] + of_input[plan] for plan in of_weights.keys() & of_input.keys()}
+    of_input = min(_linear_factored_costs(rows, n, Q, P, q, p, R, False, True, bfloat16).values())
+    cost = {plan: of_plan + of_input for plan, of_plan in of_weights.items()}
     cost[Plan.RANK] = rank
     return cost
 
 
 @lru_cache(maxsize=4096)
 def phm_linear_factored_grad(rows: int, n: int, P: int, Q: int, p: int, q: int, R: int, bfloat16: bool = False) -> Plan:
-    """RANK, or STREAM or PANEL for the gradient of A = sum_r U_r (x) V_r (x) W_r, from which dU, dV and dW follow."""
+    """RANK, or STREAM or PANEL for the gradients of F and of A = sum_r U_r (x) V_r (x) W_r, beside the input's own plan.
+
+    dU, dV and dW follow from that of A.
+    """
     cost = _linear_factored_grad_costs(rows, n, P, Q, p, q, R, bfloat16)
     return min(cost, key=cost.__getitem__)
 

@@ -204,31 +204,6 @@ struct Structure {
   }
 };
 
-// (dU, dV, dW) from dA, all in the compute type.
-template <class T>
-void split_structure_grad(const Factors& f, const void* of_A, void* of_U, void* of_V, void* of_W) {
-  const T *U = static_cast<const T*>(f.U), *V = static_cast<const T*>(f.V), *W = static_cast<const T*>(f.W);
-  const T* dA = static_cast<const T*>(of_A);
-  T *dU = static_cast<T*>(of_U), *dV = static_cast<T*>(of_V), *dW = static_cast<T*>(of_W);
-  std::fill(dU, dU + f.R * f.n, T(0));
-  std::fill(dV, dV + f.R * f.P, T(0));
-  std::fill(dW, dW + f.R * f.Q, T(0));
-  for (int64_t r = 0; r < f.R; ++r) {
-    for (int64_t i = 0; i < f.n; ++i) {
-      for (int64_t k = 0; k < f.P; ++k) {
-        T along_l = 0;
-        for (int64_t l = 0; l < f.Q; ++l) {
-          const T d = dA[(i * f.P + k) * f.Q + l];
-          along_l += d * W[r * f.Q + l];
-          dW[r * f.Q + l] += d * U[r * f.n + i] * V[r * f.P + k];
-        }
-        dU[r * f.n + i] += along_l * V[r * f.P + k];
-        dV[r * f.P + k] += along_l * U[r * f.n + i];
-      }
-    }
-  }
-}
-
 bool unit_stride(const Tensor& t, int64_t dim) { return t.size(dim) == 1 || t.stride(dim) == 1; }
 
 // F (n, p, q) with a unit stride along q, or along p where `either`; copied if it has none.
@@ -386,41 +361,22 @@ Tensor phm_linear_factored(Tensor x, std::optional<Tensor> U, Tensor V, Tensor W
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> phm_linear_factored_grad(Tensor grad, Tensor x, Tensor U, Tensor V,
-                                                                            Tensor W, Tensor F, int64_t plan) {
+                                                                            Tensor W, Tensor F) {
   check_terms(x, U, V, W, F);
-  STD_TORCH_CHECK(plan == 0 || plan == 2 || plan == 3, "phydi_cpu: unknown plan");
   check_width(x, x, W.size(1) * F.size(2));
   check_width(grad, x, V.size(1) * F.size(1));
   check_numel(grad, x, x.numel() / x.size(x.dim() - 1) * V.size(1) * F.size(1));
   const FactorTensors factors(U, V, W, F);
-  const Factors f = factors.view();
   const WeightsTensor weights(F, false);
-  const Weights& w = weights.view;
   const RowsTensor grad_rows(grad), rows(x);
   Tensor dx = new_rows(x, W.size(1) * F.size(2));
   Tensor dU = torch::stable::new_empty(*factors.U, factors.U->sizes());
   Tensor dV = torch::stable::new_empty(factors.V, factors.V.sizes());
   Tensor dW = torch::stable::new_empty(factors.W, factors.W.sizes());
   Tensor dF = torch::stable::new_empty(F, F.sizes());
-  if (Plan(plan) == Plan::rank) {
-    kernels().phm_linear_factored_grad(dtype_of(x), rows.count, grad_rows.view, rows.view, f, w, dx.mutable_data_ptr(),
-                                       dU.mutable_data_ptr(), dV.mutable_data_ptr(), dW.mutable_data_ptr(),
-                                       dF.mutable_data_ptr(), threads());
-  } else {
-    Tensor dA = torch::stable::new_empty(factors.V, {f.n, f.P, f.Q});
-    const Structure algebra(f, compute_type(x)), transposed({f.U, f.W, f.V, f.R, f.n, f.Q, f.P}, compute_type(x));
-    kernels().phm_linear_weight_grad(dtype_of(x), Plan(plan), rows.count, grad_rows.view, rows.view, algebra.view, w,
-                                     dA.mutable_data_ptr(), dF.mutable_data_ptr(), threads());
-    const auto split =
-        dA.scalar_type() == ScalarType::Double ? split_structure_grad<double> : split_structure_grad<float>;
-    split(f, dA.const_data_ptr(), dU.mutable_data_ptr(), dV.mutable_data_ptr(), dW.mutable_data_ptr());
-    if (dx.numel() > 0) {
-      const Weights of_x{w.data, w.q, w.p, w.stride_i, w.stride_s, w.stride_r};
-      const Epilogue epilogue{nullptr, {nullptr, 0}, 1.0, nullptr, false, dx.mutable_data_ptr()};
-      kernels().phm_linear(dtype_of(x), Plan(plan), rows.count, grad_rows.view, transposed.view, of_x, epilogue,
-                           threads());
-    }
-  }
+  kernels().phm_linear_factored_grad(dtype_of(x), rows.count, grad_rows.view, rows.view, factors.view(), weights.view,
+                                     dx.mutable_data_ptr(), dU.mutable_data_ptr(), dV.mutable_data_ptr(),
+                                     dW.mutable_data_ptr(), dF.mutable_data_ptr(), threads());
   const auto like = [](const Tensor& t, const Tensor& argument) {
     return t.scalar_type() == argument.scalar_type() ? t : torch::stable::to(t, argument.scalar_type());
   };

@@ -205,6 +205,8 @@ class MixedRows {
     const Scratch<T> converted(std::is_same_v<In, T> ? 0 : op_.inputs * op_.q);
     for (; m < end; ++m) {
       const In* x = op_.x + (row + m) * op_.x_stride;
+      for (int64_t j = 0; first == 0 && j < op_.inputs * op_.q; j += 64 / int64_t(sizeof(In)))
+        __builtin_prefetch(x + 4 * op_.x_stride + j);
       if constexpr (std::is_same_v<In, T>) {
         mix(m, x, m < count, first, last);
       } else {
@@ -451,11 +453,12 @@ void weights_grad(int64_t batch, Rows grad, Rows x, const Factors& f, const Weig
             for (int64_t j = 0; j < count; j += 64 / int64_t(sizeof(In)))
               __builtin_prefetch(row + 2 * from.stride + l * size + j);
           combine(row, size, weight + r * blocks, 1, blocks, to, count);
+          return static_cast<const T*>(to);
         };
         outer_product<In>(
             std::min(block, batch - b), p, columns,
-            [&](int64_t row, int64_t first, int64_t count, T* to) { mixed(grad, row, first, p, f.P, V, count, to); },
-            [&](int64_t row, int64_t, int64_t count, T* to) { mixed(x, row, s, q, f.Q, W, count, to); }, scratch,
+            [&](int64_t row, int64_t first, int64_t count, T* to) { return mixed(grad, row, first, p, f.P, V, count, to); },
+            [&](int64_t row, int64_t, int64_t count, T* to) { return mixed(x, row, s, q, f.Q, W, count, to); }, scratch,
             G.get() + r * rows * stride, stride, b == 0, threads);
       }
     }

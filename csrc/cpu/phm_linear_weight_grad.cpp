@@ -78,11 +78,19 @@ void run(Plan plan, int64_t batch, Rows grad, Rows x, const Algebra& algebra, co
   for (int64_t s = 0; s < q; s += width) {
     const int64_t some = std::min(width, q - s);
     const int64_t columns = Q * some, stride = round_up(columns, kStrip<T>);
-    const auto rows_of_grad = [&](int64_t b, int64_t first, int64_t count, T* to) {
-      copy_row(g + b * grad.stride + first, to, count);
+    // Entries of a row; the processor does not foresee the pieces of the next rows.
+    const auto piece = [](const In* data, int64_t row_stride, int64_t b, int64_t first, int64_t count) {
+      const In* row = data + b * row_stride + first;
+      for (int64_t j = 0; j < count; j += 64 / int64_t(sizeof(In))) __builtin_prefetch(row + 16 * row_stride + j);
+      return row;
     };
-    const auto columns_of_x = [&](int64_t b, int64_t, int64_t, T* to) {
-      for (int64_t l = 0; l < Q; ++l) copy_row(xs + b * x.stride + l * q + s, to + l * some, some);
+    const auto rows_of_grad = [&](int64_t b, int64_t first, int64_t count, In*) {
+      return piece(g, grad.stride, b, first, count);
+    };
+    const auto columns_of_x = [&](int64_t b, int64_t, int64_t, In* to) {
+      if (some == q) return piece(xs, x.stride, b, 0, Q * q);
+      for (int64_t l = 0; l < Q; ++l) std::copy_n(piece(xs, x.stride, b, l * q + s, some), some, to + l * some);
+      return static_cast<const In*>(to);
     };
     outer_product<In>(batch, rows, columns, rows_of_grad, columns_of_x, scratch, G.get(), stride, true, threads);
     const Split<In, T, In> split{A,

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..plans import Plan
+from ..reference import compute_dtype, split_structure_grad, structure
 
 LIBRARY = Path(__file__).resolve().parent.parent / "lib" / "libphydi_kernels.so"
 
@@ -27,7 +29,7 @@ _LIB.define(
     "Tensor? alpha, bool relu, int plan) -> Tensor"
 )
 _LIB.define(
-    "phm_linear_factored_grad(Tensor grad, Tensor x, Tensor U, Tensor V, Tensor W, Tensor F, int plan) "
+    "phm_linear_factored_grad(Tensor grad, Tensor x, Tensor U, Tensor V, Tensor W, Tensor F) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 # H = sum_i A_i (x) F_i for the blocks of H that A selects, and (dA, dF) from the gradient of those blocks.
@@ -170,6 +172,19 @@ def phm_linear_factored(
 
 
 def phm_linear_factored_grad(
-    grad: Tensor, x: Tensor, U: Tensor, V: Tensor, W: Tensor, F: Tensor, plan: Plan
+    grad: Tensor, x: Tensor, U: Tensor, V: Tensor, W: Tensor, F: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _phm_linear_factored_grad(grad, x, U, V, W, F, int(plan))
+    return _phm_linear_factored_grad(grad, x, U, V, W, F)
+
+
+def factored_weight_grad(
+    weight_grad: Callable[[Tensor], tuple[Tensor, Tensor]], dtype: torch.dtype, U: Tensor, V: Tensor, W: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dU, dV, dW, dF), where ``weight_grad(A)`` gives (dA, dF) for A = sum_r U_r (x) V_r (x) W_r.
+
+    ``dtype`` is that of the activations; dU, dV and dW have the types of U, V and W.
+    """
+    factors = [t.to(compute_dtype(dtype)) for t in (U, V, W)]
+    dA, dF = weight_grad(structure(*factors))
+    dU, dV, dW = split_structure_grad(dA, *factors)
+    return dU.to(U.dtype), dV.to(V.dtype), dW.to(W.dtype), dF

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from ..plans import Plan
-from ..reference import compute_dtype, split_structure_grad, structure
+from ..reference import compute_dtype, structure
 from . import phc_conv as dense
+from .cpu import factored_weight_grad
 from .phc_conv import (
     as_image,
     convolution,
@@ -272,7 +273,8 @@ def phc_conv_factored_weight_grad(
     dilation: list[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dU, dV, dW, dF) through the gradient of A = sum_r U_r (x) V_r (x) W_r, each in the type of its argument."""
-    A = _structure(x.dtype, U, V, W)
-    dA, dF = dense.phc_conv_weight_grad(grad, x, A, F, stride, padding, dilation)
-    dU, dV, dW = split_structure_grad(dA, *_coefficients(x.dtype, U, V, W))
-    return dU.to(U.dtype), dV.to(V.dtype), dW.to(W.dtype), dF
+
+    def weight_grad(A: Tensor) -> tuple[Tensor, Tensor]:
+        return dense.phc_conv_weight_grad(grad, x, A, F, stride, padding, dilation)
+
+    return factored_weight_grad(weight_grad, x.dtype, U, V, W)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import plans, plans_cuda, reference
 from ..kernels import cpu, gpu
+from ..plans import Plan
 from ..plans_cuda import CudaPlan
 from ._family import (
     Family,
@@ -70,6 +71,11 @@ def _forward_fake(x, U, V, W, F, bias, residual, alpha, activation):
     return x.new_empty((*x.shape[:-1], V.shape[1] * F.shape[1]))
 
 
+def _transposed(U: Tensor | None, V: Tensor, W: Tensor, F: Tensor) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+    """The factors of the transpose of H."""
+    return U, W, V, F.transpose(1, 2)
+
+
 def _grad_cpu(grad: Tensor, x: Tensor, U: Tensor, V: Tensor, W: Tensor, F: Tensor) -> tuple[Tensor, ...]:
     if not cpu.available():
         return reference.phm_linear_factored_grad(grad, x, U, V, W, F)
@@ -77,7 +83,14 @@ def _grad_cpu(grad: Tensor, x: Tensor, U: Tensor, V: Tensor, W: Tensor, F: Tenso
     n, p, q = F.shape
     Q = W.shape[1]
     plan = plans.phm_linear_factored_grad(x.numel() // (Q * q), n, P, Q, p, q, R, x.dtype == torch.bfloat16)
-    return cpu.phm_linear_factored_grad(grad, x, U, V, W, F, plan)
+    if plan is Plan.RANK:
+        return cpu.phm_linear_factored_grad(grad, x, U, V, W, F)
+
+    def weight_grad(A: Tensor) -> tuple[Tensor, Tensor]:
+        return cpu.phm_linear_weight_grad(grad, x, A, F, plan)
+
+    dx = _forward_cpu(grad, *_transposed(U, V, W, F), None, None, None, "none")
+    return dx, *cpu.factored_weight_grad(weight_grad, x.dtype, U, V, W)
 
 
 def _grad_cuda(grad: Tensor, x: Tensor, U: Tensor, V: Tensor, W: Tensor, F: Tensor) -> tuple[Tensor, ...]:
@@ -113,8 +126,7 @@ OP = Operator(phm_linear_factored, _forward_cpu)
 def _gradients(grad, x, factors, geometry, of_x, of_factors):
     U, V, W, F = factors
     if not of_factors:
-        # The transpose of H has V and W exchanged and F transposed.
-        return (phm_linear_factored(grad, U, W, V, F.transpose(1, 2), None, None, None, "none"),)
+        return (phm_linear_factored(grad, *_transposed(*factors), None, None, None, "none"),)
     if U is None:
         U = torch.eye(len(V), dtype=V.dtype, device=V.device)
     return phm_linear_factored_grad(grad, x, U, V, W, F)
