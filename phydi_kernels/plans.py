@@ -193,9 +193,9 @@ def _linear_factored_grad_costs(
 
 @lru_cache(maxsize=4096)
 def phm_linear_factored_grad(rows: int, n: int, P: int, Q: int, p: int, q: int, R: int, bfloat16: bool = False) -> Plan:
-    """RANK, or STREAM or PANEL for the gradients of F and of A = sum_r U_r (x) V_r (x) W_r, beside the input's own plan.
+    """RANK for all gradients, or STREAM or PANEL for those of the weights, and the input's by a plan of its own.
 
-    dU, dV and dW follow from that of A.
+    By STREAM and PANEL dU, dV and dW follow from the gradient of A = sum_r U_r (x) V_r (x) W_r.
     """
     cost = _linear_factored_grad_costs(rows, n, P, Q, p, q, R, bfloat16)
     return min(cost, key=cost.__getitem__)

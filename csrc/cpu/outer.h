@@ -21,8 +21,8 @@ inline Vec<Compute<In>> packed_lines(const E* const (&lines)[kPerLane<In>], int6
 
 // G (rows, columns) = sum_b row(b)^T column(b), from functions (b, first, count, scratch) that return entries [first,
 // first + count) of a batch row, where they lie or written to `scratch`. G has room for round_up(rows, kTileRows) rows
-// of `stride`, a whole number of strips; `packed_columns` for that stride times kDepth. `first`: G is written, not added
-// to.
+// of `stride`, a whole number of strips; `packed_columns` for that stride times kDepth. `first`: G is written, not
+// added to.
 template <class In, class RowEntries, class ColumnEntries>
 void outer_product(int64_t batch, int64_t rows, int64_t columns, const RowEntries& row_entries,
                    const ColumnEntries& column_entries, const Scratch<Compute<In>>& packed_columns, Compute<In>* G,
@@ -49,7 +49,8 @@ void outer_product(int64_t batch, int64_t rows, int64_t columns, const RowEntrie
         for (int64_t j = 0; j < some; ++j) {
           for (int64_t h = 0; h < per; ++h) {
             const int64_t step = (lane + j) * per + h;
-            lines[j][h] = step < steps ? entries(b + step, from, count, scratch.get() + (j * per + h) * count) : nullptr;
+            lines[j][h] =
+                step < steps ? entries(b + step, from, count, scratch.get() + (j * per + h) * count) : nullptr;
           }
         }
         for (int64_t j = 0; j < some; ++j) pack(lane + j, lines[j]);

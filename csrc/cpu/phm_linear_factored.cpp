@@ -457,7 +457,9 @@ void weights_grad(int64_t batch, Rows grad, Rows x, const Factors& f, const Weig
         };
         outer_product<In>(
             std::min(block, batch - b), p, columns,
-            [&](int64_t row, int64_t first, int64_t count, T* to) { return mixed(grad, row, first, p, f.P, V, count, to); },
+            [&](int64_t row, int64_t first, int64_t count, T* to) {
+              return mixed(grad, row, first, p, f.P, V, count, to);
+            },
             [&](int64_t row, int64_t, int64_t count, T* to) { return mixed(x, row, s, q, f.Q, W, count, to); }, scratch,
             G.get() + r * rows * stride, stride, b == 0, threads);
       }
