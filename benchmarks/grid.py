@@ -62,7 +62,7 @@ def chosen_plan(row: Mapping[str, Any], prepacked: bool) -> str:
         block,
         block,
         rank,
-        contiguous=not prepacked,
+        contiguous=False,
         combines=not prepacked,
         bfloat16=row["dtype"] == "bfloat16",
     )

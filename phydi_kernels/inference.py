@@ -348,7 +348,9 @@ def _factored(
     """The layer in rank-R form. ``shared`` keeps what layers have in common in common."""
 
     def frozen(p: Parameter) -> Parameter:
-        return shared.setdefault(p, Parameter(p.detach(), requires_grad=False))
+        if p not in shared:
+            shared[p] = Parameter(_side_by_side(p.detach()) if p is layer.F else p.detach(), requires_grad=False)
+        return shared[p]
 
     U, V, W, F = algorithm.U, algorithm.V, algorithm.W, frozen(layer.F)
     alpha, bias = fused.alpha, fused.bias
@@ -360,6 +362,11 @@ def _factored(
     if isinstance(layer, PHMLinear):
         return FactoredPHMLinear(U, V, W, F, bias, **options)
     return FactoredPHConv(U, V, W, F, bias, layer.stride, layer.padding, layer.dilation, **options)
+
+
+def _side_by_side(F: Tensor) -> Tensor:
+    """F of a linear layer with the weights of all outputs beside each other, as the CPU kernels combine them."""
+    return F.transpose(1, 2).contiguous().transpose(1, 2) if F.dim() == 3 and F.is_cpu else F
 
 
 def _row(layer: LayerReport) -> tuple[str, ...]:

@@ -21,6 +21,10 @@ _PRODUCT = 0.0107  # a multiplication in a packed product
 _STREAM_PRODUCT = 0.0132  # the same on F as it lies, and
 _STREAM_PRODUCT_IN_CACHE = 0.009  # where it stays in L2
 _REDUCE = 2.4  # the lanes of one result of stream added up
+# The same on F with its columns along p, in L2, in L3 and from memory; no lanes to add up.
+_STREAM_LINES_IN_CACHE = 0.0102
+_STREAM_LINES = 0.0122
+_STREAM_LINES_FAR = 0.024
 _READ = 0.01  # an entry of F read once
 _PACK = 0.33  # an entry of F packed
 _FORM = 0.2  # one term of an entry of H formed and packed, with F's rows along q to be transposed
@@ -32,6 +36,8 @@ _STREAM_ALGEBRA = 0.2  # a multiplication of dA's sum
 _TURN = 0.08  # an entry of F packed for the R products,
 _COMBINE = 0.042  # an entry of F-hat written, and
 _COMBINE_TERM = 0.012  # for each term its share
+_LINE = 0.062  # both from F with its columns along p, whose lines are combined as they lie, and
+_LINE_TERM = 0.002  # for each term its share
 _ADD = 0.037  # a multiplication of x or y-hat with V or W, and
 _ADD_GRAD = 0.05  # the same in the gradients, which pack x-hat and g-hat along the batch as well
 _GATHER = 0.11  # an entry of F-hat packed as it lies along p, lines far apart
@@ -43,10 +49,17 @@ _TURN_ROW = 0.13  # an entry of the input or of y's gradient packed along the ba
 # bfloat16 beside float32: a packed product (two in a lane), a stream (converted at each use), packing.
 _BFLOAT16_PRODUCT = 0.52
 _BFLOAT16_STREAM = 1.35
+_BFLOAT16_STREAM_LINES = 1.12
 _BFLOAT16_PACK = 0.85
 _LANES = 16
 # F of at most so many entries stays in L2 while stream reads it for each group of rows.
 _STREAM_CACHED_ENTRIES = 1 << 17
+# One core's share of L3.
+_STREAM_NEAR_BYTES = 8 << 20
+# Columns of a tile of stream where these lie along p.
+_STREAM_COLUMNS = 64
+# A register tile takes as long for fewer rows.
+_LEAST_ROWS = 6
 # Stream keeps its mixed rows in L2; their number is not bounded otherwise.
 _STREAM_ENTRIES = 1 << 18
 # Convolutions: torch's own rate, an entry of H formed and reordered, an entry of the mixed input written and read.
@@ -98,10 +111,7 @@ def _linear_costs(
     rows: int, n: int, P: int, Q: int, p: int, q: int, contiguous: bool, bfloat16: bool
 ) -> dict[Plan, float]:
     product = _PRODUCT * (_BFLOAT16_PRODUCT if bfloat16 else 1)
-    in_cache = n * p * q <= _STREAM_CACHED_ENTRIES
-    stream_product = _STREAM_PRODUCT_IN_CACHE if in_cache else _STREAM_PRODUCT
-    if bfloat16:
-        stream_product *= _BFLOAT16_STREAM
+    in_cache, near = n * p * q <= _STREAM_CACHED_ENTRIES, n * p * q * (2 if bfloat16 else 4) < _STREAM_NEAR_BYTES
     wide_q = _padded(q)
     terms = n * p * wide_q
     blocks = rows * P
@@ -115,9 +125,13 @@ def _linear_costs(
         tiles = _padded(blocks, 4) * n
         if contiguous:
             # Lanes along q, four columns at a time, one reduction a result.
+            stream_product = _STREAM_PRODUCT_IN_CACHE if in_cache else _STREAM_PRODUCT
+            stream_product *= _BFLOAT16_STREAM if bfloat16 else 1
             products = tiles * _padded(p, 4) * wide_q * stream_product + blocks * _padded(p, 4) * _REDUCE
         else:
-            products = tiles * _padded(p) * q * stream_product
+            stream_product = _STREAM_LINES_IN_CACHE if in_cache else _STREAM_LINES if near else _STREAM_LINES_FAR
+            stream_product *= _BFLOAT16_STREAM_LINES if bfloat16 else 1
+            products = tiles * (_padded(p, _STREAM_COLUMNS) if p > _LANES else _LANES) * q * stream_product
         cost[Plan.STREAM] = terms * _READ + products + mixing
     return cost
 
@@ -146,7 +160,7 @@ def phm_linear_weight_grad(rows: int, n: int, P: int, Q: int, p: int, q: int) ->
 
 
 def _products(rows: int, p: int, q: int, R: int, bfloat16: bool) -> float:
-    return R * rows * q * _padded(p) * _PRODUCT * (_BFLOAT16_PRODUCT if bfloat16 else 1)
+    return R * max(rows, _LEAST_ROWS) * q * _padded(p) * _PRODUCT * (_BFLOAT16_PRODUCT if bfloat16 else 1)
 
 
 def _linear_factored_costs(
@@ -154,9 +168,11 @@ def _linear_factored_costs(
 ) -> dict[Plan, float]:
     wide_q = _padded(q)
     entries = p * wide_q
-    packing = n * entries * (_TURN if contiguous else _GATHER)
-    if combines:
-        packing += R * entries * (_COMBINE + n * _COMBINE_TERM)
+    if combines and not contiguous:
+        packing = R * entries * (_LINE + n * _LINE_TERM)
+    else:
+        packing = n * entries * (_TURN if contiguous else _GATHER)
+        packing += R * entries * (_COMBINE + n * _COMBINE_TERM) if combines else 0
     if bfloat16:
         packing *= _BFLOAT16_PACK
     additions = rows * R * (wide_q * Q + _padded(p) * P) * _ADD

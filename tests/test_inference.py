@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from phydi_kernels import algebra, inference, optimize_for_inference
+from phydi_kernels import algebra, functional, inference, optimize_for_inference
 from phydi_kernels.models import PHResNet
 from phydi_kernels.nn import PHConv1d, PHConv2d, PHConv3d, PHMLinear, PHYDILinear, PHYDIResidual
 from phydi_kernels.nn.factored import FactoredLayer, FactoredPHConv, FactoredPHMLinear
@@ -204,8 +204,9 @@ def test_conversion(prepack):
             assert relative(half(x.to(dtype)), y) < 4 * torch.finfo(dtype).eps
             assert half.float()(x).dtype == torch.float32
             assert {p.dtype for p in half.double().parameters()} == {torch.float64}
+        strides = [p.stride() for p in optimized.parameters()]
         last = optimized.to(memory_format=torch.channels_last)
-        assert all(p.is_contiguous() for p in last.parameters())
+        assert [p.stride() for p in last.parameters()] == strides
         assert torch.equal(last(x), y)
         moved = last.to("meta")
         assert moved(x.to("meta")).shape == y.shape
@@ -413,6 +414,58 @@ def test_factored_layer_of_trainable_parameters_needs_no_gradient():
     x = draw(3, 8)
     assert torch.equal(factored(x), layer(x))
     assert FactoredPHMLinear(factored.U, factored.V, factored.W, factored.F).F is factored.F
+
+
+@both
+def test_second_call_of_a_layer_checks_only_what_changed(monkeypatch, prepack):
+    layer = quiet(PHMLinear(8, 12, 4).eval(), prepack=prepack)
+    x = draw(3, 8, dtype=torch.float32)
+    checks = []
+    check = functional._check
+    monkeypatch.setattr(functional, "_check", lambda *args, **options: checks.append(1) or check(*args, **options))
+
+    def call(x):
+        with torch.no_grad():
+            return layer(x), len(checks)
+
+    expected, first = call(x)
+    assert first == 1
+    again, second = call(x)
+    assert torch.equal(again, expected)
+    assert second == 1
+    with pytest.raises(ValueError, match="last dimension"):
+        call(x[:, :7])
+    with pytest.raises(TypeError, match="dtype"):
+        call(x.double())
+    with pytest.raises(ValueError, match="activation"), torch.no_grad():
+        layer(x, activation="tanh")
+    doubled = torch.func.functional_call(layer, {"V": 2 * layer.V, "bias": 2 * layer.bias}, (x,))
+    torch.testing.assert_close(doubled, 2 * expected)
+    torch.testing.assert_close(call(x)[0], expected)
+    layer.V = nn.Parameter(2 * layer.V.detach(), requires_grad=False)
+    layer.bias.mul_(2)
+    torch.testing.assert_close(call(x)[0], 2 * expected)
+    for copied in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        copied.W.mul_(0)
+        with torch.no_grad():
+            torch.testing.assert_close(copied(x), copied.bias.expand(3, 12))
+    torch.testing.assert_close(call(x)[0], 2 * expected)
+    layer.double()
+    assert call(x.double())[0].dtype == torch.float64
+    torch.nn.utils.parametrize.register_parametrization(layer, "V", Halved())
+    torch.testing.assert_close(
+        call(x.double())[0] - layer.bias, expected.double() - layer.bias / 2, rtol=1e-5, atol=1e-6
+    )
+    torch.testing.assert_close(
+        call(x.double())[0] - layer.bias, expected.double() - layer.bias / 2, rtol=1e-5, atol=1e-6
+    )
+    layer.parametrizations.V.original.mul_(0)
+    torch.testing.assert_close(call(x.double())[0], layer.bias.expand(3, 12))
+
+
+class Halved(nn.Module):
+    def forward(self, t):
+        return t / 2
 
 
 def test_memory_switch():

@@ -27,12 +27,27 @@ struct Ranks {
   // Lanes of the summation of one rank.
   int64_t depth() const { return ceil_div(q, kPerLane<In>); }
 
-  // Lanes of a strip whose n terms take at most 32 KiB, so that combining them stays in L1; it divides kDepth.
+  // Whether the lines of F, along its columns, are combined as they lie.
+  bool combines_lines() const { return U && F_s != 1; }
+
+  // Lanes of a strip whose n terms, or R sums of lines, take at most 64 KiB, most of them in L1. It divides kDepth.
   int64_t piece() const {
-    const int64_t lane_bytes = (U ? n * kPerLane<In> : 1) * kStrip<T> * int64_t(sizeof(T));
+    const int64_t held = combines_lines() ? R : U ? n * kPerLane<In> : 1;
+    const int64_t lane_bytes = held * kStrip<T> * int64_t(sizeof(T));
     int64_t lanes = kLanes<T>;
-    while (lanes < kDepth<T> && 2 * lanes * lane_bytes <= (32 << 10)) lanes *= 2;
+    while (lanes < kDepth<T> && 2 * lanes * lane_bytes <= (64 << 10)) lanes *= 2;
     return lanes;
+  }
+
+  // F-hat_r of such lanes for all r from lines of F: to[r * to_stride + l * kStrip + c].
+  void combine_lines(int64_t column, int64_t columns, int64_t lane, int64_t count, T* to, int64_t to_stride) const {
+    const auto combine = columns < kStrip<T> ? &Ranks::combine_lines_of<0, false>
+                         : n == 2            ? &Ranks::combine_lines_of<2, true>
+                         : n == 3            ? &Ranks::combine_lines_of<3, true>
+                         : n == 4            ? &Ranks::combine_lines_of<4, true>
+                         : n == 8            ? &Ranks::combine_lines_of<8, true>
+                                             : &Ranks::combine_lines_of<0, true>;
+    (this->*combine)(column, columns, lane, count, to, to_stride);
   }
 
   // Term i of F in columns [column, column + columns), lanes [lane, lane + count): to[l * kStrip + c]. Pairs as
@@ -84,6 +99,55 @@ struct Ranks {
   }
 
  private:
+  // `terms`: n where it is known, and the lines of a lane stay in registers; `whole`: all columns of the strip exist.
+  template <int terms, bool whole>
+  void combine_lines_of(int64_t column, int64_t columns, int64_t lane, int64_t count, T* to, int64_t to_stride) const {
+    // Two sums at a time: both vectors of a strip, or both halves of the pairs of one.
+    constexpr int64_t per = kPerLane<In>, step_of_vector = per == 2 ? 1 : kTileVectors;
+    static_assert(kTileVectors == 2);
+    for (int64_t l = 0; l < count; ++l, to += kStrip<T>) {
+      const int64_t step = (lane + l) * per;
+      const In* f = F + column + step * F_s;
+      for (int64_t v = 0; v < kTileVectors; v += step_of_vector) {
+        const auto vector = [&](int64_t i, int64_t h) {
+          const int64_t c = (per == 2 ? v : h) * kLanes<T>, s = per == 2 ? h : 0;
+          if (step + s >= q || (!whole && c >= columns)) return Vec<T>{};
+          const In* at = f + i * F_i + s * F_s + c;
+          // The lines are far apart, each in a page of its own.
+          __builtin_prefetch(at + 8 * per * F_s);
+          return whole ? load(at) : load_some(at, columns - c);
+        };
+        Vec<T> held[terms ? terms : 1][2];
+#pragma GCC unroll 8
+        for (int i = 0; i < terms; ++i)
+#pragma GCC unroll 2
+          for (int h = 0; h < 2; ++h) held[i][h] = vector(i, h);
+        const T* u = U;
+        T* packed = to + v * kLanes<T>;
+        for (int64_t r = 0; r < R; ++r, u += terms ? terms : n, packed += to_stride) {
+          Vec<T> total[2] = {};
+          if constexpr (terms > 0) {
+#pragma GCC unroll 8
+            for (int i = 0; i < terms; ++i)
+#pragma GCC unroll 2
+              for (int h = 0; h < 2; ++h) total[h] += splat(u[i]) * held[i][h];
+          } else {
+            for (int64_t i = 0; i < n; ++i)
+              for (int h = 0; h < 2; ++h) total[h] += splat(u[i]) * vector(i, h);
+          }
+          if constexpr (per == 1) {
+            store(packed, total[0]);
+            store(packed + kLanes<T>, total[1]);
+          } else {
+#if defined(__AVX512BF16__)
+            store(packed, bf16_pairs(total[0], total[1]));
+#endif
+          }
+        }
+      }
+    }
+  }
+
   // A square: lane j of `width` columns with unit stride into vector j; `steps` of each column are left.
   template <bool apart>
   void turn(const In* f, int64_t width, int64_t steps, int64_t count, T* to, int64_t size) const {
@@ -148,21 +212,23 @@ struct Ranks {
 };
 
 // F-hat of `columns` columns from `column` on, a piece of the lanes at a time: each(r, lane, count, packed) takes the
-// lanes [lane, lane + count) of F-hat_r; to(r, lane) says where to write them.
+// lanes [lane, lane + count) of F-hat_r, written to to(lane) + r * to_stride.
 template <class In, class Where, class Each>
 void pack_pieces(const Ranks<In>& op, int64_t column, int64_t columns, Compute<In>* terms, const Where& to,
-                 const Each& each) {
+                 int64_t to_stride, const Each& each) {
   using T = Compute<In>;
   const int64_t piece = op.piece();
   for (int64_t lane = 0; lane < op.depth(); lane += piece) {
     const int64_t count = std::min(piece, op.depth() - lane);
-    if (op.U)
+    const bool lines = op.combines_lines();
+    if (lines) op.combine_lines(column, columns, lane, count, to(lane), to_stride);
+    if (op.U && !lines)
       for (int64_t i = 0; i < op.n; ++i)
         op.template pack_term<true>(i, column, columns, lane, count, terms + i * count * kStrip<T> * kPerLane<In>);
     for (int64_t r = 0; r < op.R; ++r) {
-      T* packed = to(r, lane);
-      op.U ? op.combine_terms(terms, r, count, packed)
-           : op.template pack_term<false>(r, column, columns, lane, count, packed);
+      T* packed = to(lane) + r * to_stride;
+      if (!op.U) op.template pack_term<false>(r, column, columns, lane, count, packed);
+      if (op.U && !lines) op.combine_terms(terms, r, count, packed);
       each(r, lane, count, packed);
     }
   }
@@ -334,12 +400,13 @@ void multiply_ranks(int64_t rows, const Ranks<In>& op, const Output<In>* output,
       mixed.pack(padded * packer / packers, padded * (packer + 1) / packers, 0, rows, 0, R);
     });
     parallel(threads, workers, [&](int64_t worker) {
-      const Scratch<T> terms(op.n * kPerLane<In> * piece * kStrip<T>), packed(piece * kStrip<T>),
+      const int64_t piece_size = piece * kStrip<T>, packed_stride = op.combines_lines() ? piece_size : 0;
+      const Scratch<T> terms(op.n * kPerLane<In> * piece_size), packed((R - 1) * packed_stride + piece_size),
           products(R * product_stride), results(result_size);
       for (int64_t strip = strips * worker / workers; strip < strips * (worker + 1) / workers; ++strip) {
         const int64_t column = strip * kStrip<T>, width = std::min<int64_t>(op.p - column, kStrip<T>);
         pack_pieces(
-            op, column, width, terms.get(), [&](int64_t, int64_t) { return packed.get(); },
+            op, column, width, terms.get(), [&](int64_t) { return packed.get(); }, packed_stride,
             [&](int64_t r, int64_t lane, int64_t count, const T* b) {
               for (int64_t m = 0; m < rows; m += kTileRows)
                 tile<In, kBlockStride<T>, 1>(rows - m, width)(
@@ -358,7 +425,7 @@ void multiply_ranks(int64_t rows, const Ranks<In>& op, const Output<In>* output,
         const int64_t column = (first_strip + j) * kStrip<T>;
         pack_pieces(
             op, column, std::min<int64_t>(op.p - column, kStrip<T>), terms.get(),
-            [&](int64_t r, int64_t lane) { return packed.get() + j * strip_size + (r * depth + lane) * kStrip<T>; },
+            [&](int64_t lane) { return packed.get() + j * strip_size + lane * kStrip<T>; }, depth * kStrip<T>,
             [](int64_t, int64_t, int64_t, const T*) {});
       });
       parallel(threads, workers, [&](int64_t worker) {

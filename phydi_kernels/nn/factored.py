@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
 
 from .. import functional
-from ..ops._autograd import without_autocast
+from ..ops._autograd import may_skip_dispatch, without_autocast
+from ..ops.phm_linear_factored import OP
 from ..reference import compute_dtype
 from ._base import apply_to_weights
 from .phm_linear import PHMLinear
@@ -64,6 +66,7 @@ class FactoredLayer(Module):
         self.n, self.rank, self.prepacked = F.shape[0], len(U), prepack
         self.in_features, self.out_features = W.shape[1] * F.shape[2], V.shape[1] * F.shape[1]
         self.activation = activation
+        self._names = ("U", "V", "W", "F_hat" if prepack else "F", "bias", "alpha")
         self.register_parameter("U", None if prepack else _frozen(U))
         self.V, self.W = _frozen(V), _frozen(W)
         if prepack:
@@ -81,13 +84,12 @@ class FactoredLayer(Module):
 
     def _tensors(self) -> tuple[Any, ...]:
         """(U, V, W, F, bias, alpha) as the functions take them, F the combined weights where U is None."""
-        names = ("U", "V", "W", "F_hat" if self.prepacked else "F", "bias", "alpha")
         # Half a microsecond less for each than as an attribute, of a call that may take twenty.
         own: dict[str, Any] = self._parameters
         try:
-            tensors = [own[name] for name in names]
+            tensors = [own[name] for name in self._names]
         except KeyError:  # a parametrization holds the tensor elsewhere
-            tensors = [getattr(self, name) for name in names]
+            tensors = [getattr(self, name) for name in self._names]
         if self.prepacked:
             tensors[3] = self._packed(tensors[3])
         return tuple(tensors)
@@ -130,6 +132,28 @@ class FactoredLayer(Module):
         return options + (", prepacked" if self.prepacked else "")
 
 
+class _CheckedCall(NamedTuple):
+    """What a call has checked. To check it anew would be a third of the time of a small call."""
+
+    parameters: dict[str, Parameter | None]
+    weights: tuple[Tensor | None, ...]  # U, V, W, F and bias as the operator takes them
+    epilogue: tuple[Tensor | None, str]
+    dtype: torch.dtype
+    in_features: torch.Size
+
+    def covers(self, x: Tensor, parameters: Mapping[str, Parameter | None]) -> bool:
+        """Whether the parameters are the same and ``x`` is a plain tensor that fits them, on the CPU."""
+        return (
+            type(x) is Tensor
+            and x.dtype is self.dtype
+            and x.is_cpu
+            and x.layout is torch.strided
+            and not x.is_nested
+            and x.shape[-1:] == self.in_features
+            and all(map(operator.is_, self.parameters.values(), map(parameters.get, self.parameters)))
+        )
+
+
 class FactoredPHMLinear(FactoredLayer):
     """:class:`PHMLinear`, or with ``residual`` :class:`PHYDILinear`, by :func:`functional.phm_linear_factored`.
 
@@ -153,6 +177,14 @@ class FactoredPHMLinear(FactoredLayer):
     ) -> None:
         super().__init__(U, V, W, F, bias, **options)
         self.residual = residual
+        self._checked: _CheckedCall | None = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Module:
+        self._checked = None  # the parameters stay the same objects where their types change
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_checked": None}
 
     def _packed(self, weights: Tensor) -> Tensor:
         # Transposed, (R, q, p): the CPU kernels then read the weights of all outputs side by side.
@@ -162,18 +194,28 @@ class FactoredPHMLinear(FactoredLayer):
         self, x: Tensor, *, residual: Tensor | None = None, alpha: Tensor | None = None, activation: str = "none"
     ) -> Tensor:
         """As :class:`PHMLinear`; a layer with an alpha, an activation or a residual of its own takes none of them."""
+        alone = residual is None and alpha is None and activation == "none"
+        checked = self._checked
+        if checked is not None and alone and may_skip_dispatch() and checked.covers(x, self._parameters):
+            return OP.on_cpu(x, *checked.weights, x if self.residual else None, *checked.epilogue)
         *tensors, own_alpha = self._tensors()
-        if own_alpha is None and self.activation == "none" and not self.residual:
+        if not alone:
+            if own_alpha is not None or self.activation != "none" or self.residual:
+                raise ValueError(
+                    f"residual, alpha and activation={activation!r} must not be given: the layer has its own ({self})"
+                )
             epilogue: dict[str, Any] = {"residual": residual, "alpha": alpha, "activation": activation}
             return functional.phm_linear_factored(x, *tensors, **epilogue)
-        if residual is not None or alpha is not None or activation != "none":
-            raise ValueError(
-                f"residual, alpha and activation={activation!r} must not be given: the layer has its own ({self})"
-            )
-        own_residual = x if self.residual else None
-        return functional.phm_linear_factored(
-            x, *tensors, residual=own_residual, alpha=own_alpha, activation=self.activation
-        )
+        epilogue = {"residual": x if self.residual else None, "alpha": own_alpha, "activation": self.activation}
+        y = functional.phm_linear_factored(x, *tensors, **epilogue)
+        if may_skip_dispatch():
+            own = {name: p for name, p in self._parameters.items() if name in self._names}
+            # None is missing: a parametrization holds its tensor elsewhere.
+            if len(own) == len(self._names) and all(
+                p is None or (type(p) is Parameter and p.is_cpu) for p in own.values()
+            ):
+                self._checked = _CheckedCall(own, tuple(tensors), (own_alpha, self.activation), x.dtype, x.shape[-1:])
+        return y
 
     def extra_repr(self) -> str:
         sizes = f"in_features={self.in_features}, out_features={self.out_features}, "
