@@ -138,10 +138,10 @@ class Case:
     def _plans(self, prefix: str, layer: FactoredPHMLinear, x: Tensor) -> dict[str, Rival]:
         """The operator with its plan given, without the module around it."""
         cpu.available()  # loads the library
-        weights = layer._weights()
+        *tensors, _ = layer._tensors()
 
         def rival(plan: Plan) -> Rival:
-            arguments = (x, layer.U, layer.V, layer.W, weights, layer.bias, None, None, "none", plan)
+            arguments = (x, *tensors, None, None, "none", plan)
             return Rival(lambda: (cpu.phm_linear_factored(*arguments),))
 
         streams = len(x) <= STREAM_ROWS or len(x) * self.n * self.features <= STREAM_ENTRIES

@@ -28,7 +28,7 @@ _STREAM_LINES_FAR = 0.024
 _READ = 0.01  # an entry of F read once
 _PACK = 0.33  # an entry of F packed
 _FORM = 0.2  # one term of an entry of H formed and packed, with F's rows along q to be transposed
-_FORM_TRANSPOSED = 0.24  # the same with F's columns along p, lines far apart
+_FORM_TRANSPOSED = 0.2  # the same with F's columns along p, lines far apart
 _MIX = 0.04  # one multiplication of the algebra with the input
 _COPY = 0.08  # an entry of the input packed as it is
 _STREAM_UPDATE = 0.1  # a multiplication of both weight gradients, both factors in cache
@@ -37,10 +37,11 @@ _TURN = 0.08  # an entry of F packed for the R products,
 _COMBINE = 0.042  # an entry of F-hat written, and
 _COMBINE_TERM = 0.012  # for each term its share
 _LINE = 0.062  # both from F with its columns along p, whose lines are combined as they lie, and
-_LINE_TERM = 0.002  # for each term its share
+_LINE_TERM = 0.002  # for each term its share,
+_LINE_TERMS = (2, 3, 4, 8)  # for these numbers of terms
 _ADD = 0.037  # a multiplication of x or y-hat with V or W, and
 _ADD_GRAD = 0.05  # the same in the gradients, which pack x-hat and g-hat along the batch as well
-_GATHER = 0.11  # an entry of F-hat packed as it lies along p, lines far apart
+_GATHER = 0.08  # an entry of F-hat packed as it lies along p, lines far apart
 _RANK_SPLIT = 0.3  # an entry of F-hat's gradient, and
 _RANK_SPLIT_TERM = 0.025  # for each term its share in dU and dF
 _SPLIT = 0.1  # an entry of dL/dH, and
@@ -50,12 +51,15 @@ _TURN_ROW = 0.13  # an entry of the input or of y's gradient packed along the ba
 _BFLOAT16_PRODUCT = 0.52
 _BFLOAT16_STREAM = 1.35
 _BFLOAT16_STREAM_LINES = 1.12
+_BFLOAT16_STREAM_LINES_FAR = 0.78
 _BFLOAT16_PACK = 0.85
 _LANES = 16
 # F of at most so many entries stays in L2 while stream reads it for each group of rows.
 _STREAM_CACHED_ENTRIES = 1 << 17
-# One core's share of L3.
+# One core's share of L3, for stream and for rank, which from float32 farther away waits for each entry.
 _STREAM_NEAR_BYTES = 8 << 20
+_RANK_NEAR_BYTES = 6 << 20
+_RANK_FAR = 0.12
 # Columns of a tile of stream where these lie along p.
 _STREAM_COLUMNS = 64
 # A register tile takes as long for fewer rows.
@@ -130,7 +134,7 @@ def _linear_costs(
             products = tiles * _padded(p, 4) * wide_q * stream_product + blocks * _padded(p, 4) * _REDUCE
         else:
             stream_product = _STREAM_LINES_IN_CACHE if in_cache else _STREAM_LINES if near else _STREAM_LINES_FAR
-            stream_product *= _BFLOAT16_STREAM_LINES if bfloat16 else 1
+            stream_product *= (_BFLOAT16_STREAM_LINES if near else _BFLOAT16_STREAM_LINES_FAR) if bfloat16 else 1
             products = tiles * (_padded(p, _STREAM_COLUMNS) if p > _LANES else _LANES) * q * stream_product
         cost[Plan.STREAM] = terms * _READ + products + mixing
     return cost
@@ -168,13 +172,15 @@ def _linear_factored_costs(
 ) -> dict[Plan, float]:
     wide_q = _padded(q)
     entries = p * wide_q
-    if combines and not contiguous:
+    if combines and not contiguous and n in _LINE_TERMS:
         packing = R * entries * (_LINE + n * _LINE_TERM)
     else:
         packing = n * entries * (_TURN if contiguous else _GATHER)
         packing += R * entries * (_COMBINE + n * _COMBINE_TERM) if combines else 0
     if bfloat16:
         packing *= _BFLOAT16_PACK
+    elif not contiguous and 4 * n * p * q >= _RANK_NEAR_BYTES:
+        packing += n * entries * _RANK_FAR
     additions = rows * R * (wide_q * Q + _padded(p) * P) * _ADD
     cost = _linear_costs(rows, n, P, Q, p, q, contiguous, bfloat16)
     cost[Plan.RANK] = packing + _products(rows, p, q, R, bfloat16) + additions

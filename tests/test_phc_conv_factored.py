@@ -322,12 +322,10 @@ def test_torch_copies_planes_as_well():
 
 def test_wide_weights_of_few_pixels_have_gradients_of_few_products():
     """The gradient of H costs its entries, whatever the number of pixels."""
-    for pixels, p, q, plan in (
-        (512, 512, 128, Plan.POINTWISE),
-        (8192, 128, 32, Plan.PANEL),
-        (8192, 16, 64, Plan.POINTWISE),  # as the linear layer of so few features, through the gradient of H
-    ):
-        assert plans.phc_conv_factored_grad(pixels, pixels, 4, 4, 4, p, q, 1, 7, False, None, (True, 0)) is plan
+    for pixels, p, q in ((512, 512, 128), (8192, 128, 32), (8192, 16, 64)):
+        for copied, plan in ((0, Plan.POINTWISE), (100 * pixels * 4 * (p + q), Plan.PANEL)):
+            sizes = (pixels, pixels, 4, 4, 4, p, q, 1, 7, False, None, (True, copied))
+            assert plans.phc_conv_factored_grad(*sizes) is plan
     for pixels, p, plan in ((512, 128, Plan.RANK), (8192, 32, Plan.PANEL)):
         assert plans.phc_conv_factored_grad(pixels, pixels, 4, 4, 4, p, p, 9, 7, False, (1, 8)) is plan
 

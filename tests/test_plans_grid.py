@@ -50,3 +50,11 @@ def test_chosen_plan_is_within_15_percent_of_the_best(n, dtype, prepacked, grid,
     assert (grid.ALLOWED, grid.ALLOWED_SECONDS) == (1.15, 2e-6)
     some = [row for row in rows if row["n"] == n and row["dtype"] == dtype and grid.is_behind(row, prepacked)]
     assert {(row["features"], row["batch"]): grid.regret(row, prepacked) for row in some} == {}
+
+
+@pytest.mark.usefixtures("library")
+def test_a_point_can_be_measured(grid):
+    row = grid.Case(2, 256, "float32").measure(batch=2, threads=1, seconds=0.0)
+    names = {plan.name.lower() for plan in grid.LINEAR_PLANS}
+    assert row["ratio"].keys() == {"ours", "prepacked"} | names | {f"prepacked {name}" for name in names}
+    assert all(ratio > 0 for ratio in row["ratio"].values())

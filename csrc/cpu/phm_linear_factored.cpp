@@ -27,8 +27,8 @@ struct Ranks {
   // Lanes of the summation of one rank.
   int64_t depth() const { return ceil_div(q, kPerLane<In>); }
 
-  // Whether the lines of F, along its columns, are combined as they lie.
-  bool combines_lines() const { return U && F_s != 1; }
+  // Whether the lines of F, along its columns, are combined as they lie: for numbers of terms that fit in registers.
+  bool combines_lines() const { return U && F_s != 1 && (n == 2 || n == 3 || n == 4 || n == 8); }
 
   // Lanes of a strip whose n terms, or R sums of lines, take at most 64 KiB, most of them in L1. It divides kDepth.
   int64_t piece() const {
@@ -41,13 +41,21 @@ struct Ranks {
 
   // F-hat_r of such lanes for all r from lines of F: to[r * to_stride + l * kStrip + c].
   void combine_lines(int64_t column, int64_t columns, int64_t lane, int64_t count, T* to, int64_t to_stride) const {
-    const auto combine = columns < kStrip<T> ? &Ranks::combine_lines_of<0, false>
-                         : n == 2            ? &Ranks::combine_lines_of<2, true>
-                         : n == 3            ? &Ranks::combine_lines_of<3, true>
-                         : n == 4            ? &Ranks::combine_lines_of<4, true>
-                         : n == 8            ? &Ranks::combine_lines_of<8, true>
-                                             : &Ranks::combine_lines_of<0, true>;
-    (this->*combine)(column, columns, lane, count, to, to_stride);
+    const auto with_terms = [&](auto terms) {
+      constexpr int N = decltype(terms)::value;
+      columns < kStrip<T> ? combine_lines_of<N, false>(column, columns, lane, count, to, to_stride)
+                          : combine_lines_of<N, true>(column, columns, lane, count, to, to_stride);
+    };
+    switch (n) {
+      case 2:
+        return with_terms(std::integral_constant<int, 2>{});
+      case 3:
+        return with_terms(std::integral_constant<int, 3>{});
+      case 4:
+        return with_terms(std::integral_constant<int, 4>{});
+      case 8:
+        return with_terms(std::integral_constant<int, 8>{});
+    }
   }
 
   // Term i of F in columns [column, column + columns), lanes [lane, lane + count): to[l * kStrip + c]. Pairs as
@@ -99,7 +107,7 @@ struct Ranks {
   }
 
  private:
-  // `terms`: n where it is known, and the lines of a lane stay in registers; `whole`: all columns of the strip exist.
+  // `whole`: all columns of the strip exist.
   template <int terms, bool whole>
   void combine_lines_of(int64_t column, int64_t columns, int64_t lane, int64_t count, T* to, int64_t to_stride) const {
     // Two sums at a time: both vectors of a strip, or both halves of the pairs of one.
@@ -117,24 +125,19 @@ struct Ranks {
           __builtin_prefetch(at + 8 * per * F_s);
           return whole ? load(at) : load_some(at, columns - c);
         };
-        Vec<T> held[terms ? terms : 1][2];
+        Vec<T> held[terms][2];
 #pragma GCC unroll 8
         for (int i = 0; i < terms; ++i)
 #pragma GCC unroll 2
           for (int h = 0; h < 2; ++h) held[i][h] = vector(i, h);
         const T* u = U;
         T* packed = to + v * kLanes<T>;
-        for (int64_t r = 0; r < R; ++r, u += terms ? terms : n, packed += to_stride) {
+        for (int64_t r = 0; r < R; ++r, u += terms, packed += to_stride) {
           Vec<T> total[2] = {};
-          if constexpr (terms > 0) {
 #pragma GCC unroll 8
-            for (int i = 0; i < terms; ++i)
+          for (int i = 0; i < terms; ++i)
 #pragma GCC unroll 2
-              for (int h = 0; h < 2; ++h) total[h] += splat(u[i]) * held[i][h];
-          } else {
-            for (int64_t i = 0; i < n; ++i)
-              for (int h = 0; h < 2; ++h) total[h] += splat(u[i]) * vector(i, h);
-          }
+            for (int h = 0; h < 2; ++h) total[h] += splat(u[i]) * held[i][h];
           if constexpr (per == 1) {
             store(packed, total[0]);
             store(packed + kLanes<T>, total[1]);
@@ -271,6 +274,7 @@ class MixedRows {
     const Scratch<T> converted(std::is_same_v<In, T> ? 0 : op_.inputs * op_.q);
     for (; m < end; ++m) {
       const In* x = op_.x + (row + m) * op_.x_stride;
+      // Short rows, read once for the first rank: the processor does not foresee them.
       for (int64_t j = 0; first == 0 && j < op_.inputs * op_.q; j += 64 / int64_t(sizeof(In)))
         __builtin_prefetch(x + 4 * op_.x_stride + j);
       if constexpr (std::is_same_v<In, T>) {
