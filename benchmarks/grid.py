@@ -62,7 +62,7 @@ def chosen_plan(row: Mapping[str, Any], prepacked: bool) -> str:
         block,
         block,
         rank,
-        contiguous=False,
+        contiguous=not prepacked and n * block**2 * DTYPES[row["dtype"]].itemsize >= plans.NEAR_BYTES,
         combines=not prepacked,
         bfloat16=row["dtype"] == "bfloat16",
     )

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import Module, Parameter
 from tqdm import tqdm
 
+from . import plans
 from ._check import check_flag
 from ._dataflow import Dataflow
 from .algebra import BilinearAlgorithm, DecompositionError, decompose
@@ -365,8 +366,13 @@ def _factored(
 
 
 def _side_by_side(F: Tensor) -> Tensor:
-    """F of a linear layer with the weights of all outputs beside each other, as the CPU kernels combine them."""
-    return F.transpose(1, 2).contiguous().transpose(1, 2) if F.dim() == 3 and F.is_cpu else F
+    """F of a linear layer with the weights of all outputs beside each other, as the CPU kernels combine them.
+
+    Left as it is from the size on at which it comes from memory at each call, which its own order is faster to read.
+    """
+    if F.dim() != 3 or not F.is_cpu or F.nbytes >= plans.NEAR_BYTES:
+        return F
+    return F.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def _row(layer: LayerReport) -> tuple[str, ...]:

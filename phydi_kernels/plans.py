@@ -24,7 +24,7 @@ _REDUCE = 2.4  # the lanes of one result of stream added up
 # The same on F with its columns along p, in L2, in L3 and from memory; no lanes to add up.
 _STREAM_LINES_IN_CACHE = 0.0102
 _STREAM_LINES = 0.0122
-_STREAM_LINES_FAR = 0.024
+_STREAM_LINES_FAR = 0.0292
 _READ = 0.01  # an entry of F read once
 _PACK = 0.33  # an entry of F packed
 _FORM = 0.2  # one term of an entry of H formed and packed, with F's rows along q to be transposed
@@ -51,15 +51,16 @@ _TURN_ROW = 0.13  # an entry of the input or of y's gradient packed along the ba
 _BFLOAT16_PRODUCT = 0.52
 _BFLOAT16_STREAM = 1.35
 _BFLOAT16_STREAM_LINES = 1.12
-_BFLOAT16_STREAM_LINES_FAR = 0.78
 _BFLOAT16_PACK = 0.85
 _LANES = 16
 # F of at most so many entries stays in L2 while stream reads it for each group of rows.
 _STREAM_CACHED_ENTRIES = 1 << 17
-# One core's share of L3, for stream and for rank, which from float32 farther away waits for each entry.
-_STREAM_NEAR_BYTES = 8 << 20
+# One core's share of L3: weights of more bytes come from memory.
+NEAR_BYTES = 8 << 20
+# Rank waits for an entry of F from there, in float32 from somewhat less on, but not for rows of float32.
 _RANK_NEAR_BYTES = 6 << 20
 _RANK_FAR = 0.12
+_BFLOAT16_LINES_FAR = 0.04
 # Columns of a tile of stream where these lie along p.
 _STREAM_COLUMNS = 64
 # A register tile takes as long for fewer rows.
@@ -115,7 +116,7 @@ def _linear_costs(
     rows: int, n: int, P: int, Q: int, p: int, q: int, contiguous: bool, bfloat16: bool
 ) -> dict[Plan, float]:
     product = _PRODUCT * (_BFLOAT16_PRODUCT if bfloat16 else 1)
-    in_cache, near = n * p * q <= _STREAM_CACHED_ENTRIES, n * p * q * (2 if bfloat16 else 4) < _STREAM_NEAR_BYTES
+    in_cache, near = n * p * q <= _STREAM_CACHED_ENTRIES, n * p * q * (2 if bfloat16 else 4) < NEAR_BYTES
     wide_q = _padded(q)
     terms = n * p * wide_q
     blocks = rows * P
@@ -134,7 +135,7 @@ def _linear_costs(
             products = tiles * _padded(p, 4) * wide_q * stream_product + blocks * _padded(p, 4) * _REDUCE
         else:
             stream_product = _STREAM_LINES_IN_CACHE if in_cache else _STREAM_LINES if near else _STREAM_LINES_FAR
-            stream_product *= (_BFLOAT16_STREAM_LINES if near else _BFLOAT16_STREAM_LINES_FAR) if bfloat16 else 1
+            stream_product *= _BFLOAT16_STREAM_LINES if bfloat16 else 1
             products = tiles * (_padded(p, _STREAM_COLUMNS) if p > _LANES else _LANES) * q * stream_product
         cost[Plan.STREAM] = terms * _READ + products + mixing
     return cost
@@ -179,8 +180,9 @@ def _linear_factored_costs(
         packing += R * entries * (_COMBINE + n * _COMBINE_TERM) if combines else 0
     if bfloat16:
         packing *= _BFLOAT16_PACK
-    elif not contiguous and 4 * n * p * q >= _RANK_NEAR_BYTES:
-        packing += n * entries * _RANK_FAR
+    far = n * p * q * 2 >= NEAR_BYTES if bfloat16 else n * p * q * 4 >= _RANK_NEAR_BYTES
+    if far and (bfloat16 or not contiguous):
+        packing += n * entries * (_BFLOAT16_LINES_FAR if bfloat16 and not contiguous else _RANK_FAR)
     additions = rows * R * (wide_q * Q + _padded(p) * P) * _ADD
     cost = _linear_costs(rows, n, P, Q, p, q, contiguous, bfloat16)
     cost[Plan.RANK] = packing + _products(rows, p, q, R, bfloat16) + additions

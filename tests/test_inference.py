@@ -445,6 +445,7 @@ def test_second_call_of_a_layer_checks_only_what_changed(monkeypatch, prepack):
     layer.V = nn.Parameter(2 * layer.V.detach(), requires_grad=False)
     layer.bias.mul_(2)
     torch.testing.assert_close(call(x)[0], 2 * expected)
+    assert b"_CheckedCall" not in pickle.dumps(layer)
     for copied in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         copied.W.mul_(0)
         with torch.no_grad():

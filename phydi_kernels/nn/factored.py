@@ -184,7 +184,7 @@ class FactoredPHMLinear(FactoredLayer):
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_checked": None}
+        return {**self.__dict__, "_checked": None}  # a pickle holds no class of this module's own
 
     def _packed(self, weights: Tensor) -> Tensor:
         # Transposed, (R, q, p): the CPU kernels then read the weights of all outputs side by side.
