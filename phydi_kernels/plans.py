@@ -24,7 +24,7 @@ _REDUCE = 2.4  # the lanes of one result of stream added up
 # The same on F with its columns along p, in L2, in L3 and from memory; no lanes to add up.
 _STREAM_LINES_IN_CACHE = 0.0102
 _STREAM_LINES = 0.0122
-_STREAM_LINES_FAR = 0.0292
+_STREAM_LINES_FAR = 0.0293
 _READ = 0.01  # an entry of F read once
 _PACK = 0.33  # an entry of F packed
 _FORM = 0.2  # one term of an entry of H formed and packed, with F's rows along q to be transposed
