@@ -452,6 +452,8 @@ def test_second_call_of_a_layer_checks_only_what_changed(monkeypatch, prepack):
             torch.testing.assert_close(copied(x), copied.bias.expand(3, 12))
     torch.testing.assert_close(call(x)[0], 2 * expected)
     layer.double()
+    with pytest.raises(TypeError, match="dtype"):
+        call(x)
     assert call(x.double())[0].dtype == torch.float64
     torch.nn.utils.parametrize.register_parametrization(layer, "V", Halved())
     torch.testing.assert_close(
