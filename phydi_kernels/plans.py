@@ -112,11 +112,16 @@ def _padded(count: int, to: int = _LANES) -> int:
     return -(-count // to) * to
 
 
+def _bytes(n: int, p: int, q: int, bfloat16: bool) -> int:
+    """Of F in bfloat16 or float32."""
+    return n * p * q * (2 if bfloat16 else 4)
+
+
 def _linear_costs(
     rows: int, n: int, P: int, Q: int, p: int, q: int, contiguous: bool, bfloat16: bool
 ) -> dict[Plan, float]:
     product = _PRODUCT * (_BFLOAT16_PRODUCT if bfloat16 else 1)
-    in_cache, near = n * p * q <= _STREAM_CACHED_ENTRIES, n * p * q * (2 if bfloat16 else 4) < NEAR_BYTES
+    in_cache, near = n * p * q <= _STREAM_CACHED_ENTRIES, _bytes(n, p, q, bfloat16) < NEAR_BYTES
     wide_q = _padded(q)
     terms = n * p * wide_q
     blocks = rows * P
@@ -180,9 +185,12 @@ def _linear_factored_costs(
         packing += R * entries * (_COMBINE + n * _COMBINE_TERM) if combines else 0
     if bfloat16:
         packing *= _BFLOAT16_PACK
-    far = n * p * q * 2 >= NEAR_BYTES if bfloat16 else n * p * q * 4 >= _RANK_NEAR_BYTES
-    if far and (bfloat16 or not contiguous):
-        packing += n * entries * (_BFLOAT16_LINES_FAR if bfloat16 and not contiguous else _RANK_FAR)
+    if bfloat16:
+        near, wait = NEAR_BYTES, _RANK_FAR if contiguous else _BFLOAT16_LINES_FAR
+    else:
+        near, wait = _RANK_NEAR_BYTES, 0.0 if contiguous else _RANK_FAR
+    if _bytes(n, p, q, bfloat16) >= near:
+        packing += n * entries * wait
     additions = rows * R * (wide_q * Q + _padded(p) * P) * _ADD
     cost = _linear_costs(rows, n, P, Q, p, q, contiguous, bfloat16)
     cost[Plan.RANK] = packing + _products(rows, p, q, R, bfloat16) + additions

@@ -13,8 +13,8 @@ With A[i,k,l] = sum_r U[r,i] V[r,k] W[r,l] known, these for A, or y_k = sum_r V[
 * passes: X-hat, a batched product by cuBLAS or cuDNN, and the sum over Y-hat with the epilogue.
 
 Convolutions have panel and built, or the last three; input gradients that are no convolution have mix: torch's, of
-mixed gradients. Everything else is composed
-of torch's operators: float64, mixed types, algebras of too many terms, cards older than compute capability 8.0.
+mixed gradients. Everything else is composed of torch's operators: float64, mixed types, algebras of too many terms,
+cards older than compute capability 8.0.
 """
 
 from __future__ import annotations

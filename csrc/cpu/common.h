@@ -42,6 +42,12 @@ void with_real(DType dtype, const Fn& fn) {
   dtype == DType::f64 ? fn(double{}) : fn(float{});
 }
 
+// Asks for `count` entries of a row that the processor does not foresee: it is short, or lies far from the one before.
+template <class In>
+inline void prefetch(const In* row, int64_t count) {
+  for (int64_t j = 0; j < count; j += 64 / int64_t(sizeof(In))) __builtin_prefetch(row + j);
+}
+
 // out[s] = sum_t weight[t * weight_stride] * rows[t * row_stride + s] for s < count.
 template <class In, class Out>
 inline void combine(const In* rows, int64_t row_stride, const Compute<In>* weight, int64_t weight_stride, int64_t terms,

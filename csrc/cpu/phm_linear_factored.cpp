@@ -274,9 +274,7 @@ class MixedRows {
     const Scratch<T> converted(std::is_same_v<In, T> ? 0 : op_.inputs * op_.q);
     for (; m < end; ++m) {
       const In* x = op_.x + (row + m) * op_.x_stride;
-      // Short rows, read once for the first rank: the processor does not foresee them.
-      for (int64_t j = 0; first == 0 && j < op_.inputs * op_.q; j += 64 / int64_t(sizeof(In)))
-        __builtin_prefetch(x + 4 * op_.x_stride + j);
+      if (first == 0) prefetch(x + 4 * op_.x_stride, op_.inputs * op_.q);
       if constexpr (std::is_same_v<In, T>) {
         mix(m, x, m < count, first, last);
       } else {
@@ -519,10 +517,7 @@ void weights_grad(int64_t batch, Rows grad, Rows x, const Factors& f, const Weig
         const auto mixed = [b, r](Rows from, int64_t row_of_block, int64_t at, int64_t size, int64_t blocks,
                                   const T* weight, int64_t count, T* to) {
           const In* row = static_cast<const In*>(from.data) + (b + row_of_block) * from.stride + at;
-          // The pieces of the next rows: too short for the processor to foresee.
-          for (int64_t l = 0; l < blocks; ++l)
-            for (int64_t j = 0; j < count; j += 64 / int64_t(sizeof(In)))
-              __builtin_prefetch(row + 2 * from.stride + l * size + j);
+          for (int64_t l = 0; l < blocks; ++l) prefetch(row + 2 * from.stride + l * size, count);
           combine(row, size, weight + r * blocks, 1, blocks, to, count);
           return static_cast<const T*>(to);
         };

@@ -78,10 +78,9 @@ void run(Plan plan, int64_t batch, Rows grad, Rows x, const Algebra& algebra, co
   for (int64_t s = 0; s < q; s += width) {
     const int64_t some = std::min(width, q - s);
     const int64_t columns = Q * some, stride = round_up(columns, kStrip<T>);
-    // Entries of a row; the processor does not foresee the pieces of the next rows.
     const auto piece = [](const In* data, int64_t row_stride, int64_t b, int64_t first, int64_t count) {
       const In* row = data + b * row_stride + first;
-      for (int64_t j = 0; j < count; j += 64 / int64_t(sizeof(In))) __builtin_prefetch(row + 16 * row_stride + j);
+      prefetch(row + 16 * row_stride, count);
       return row;
     };
     const auto rows_of_grad = [&](int64_t b, int64_t first, int64_t count, In*) {

@@ -104,7 +104,7 @@ _OPERATORS = (
 _phm_linear = torch.ops.phydi_cpu.phm_linear.default
 _phm_linear_weight_grad = torch.ops.phydi_cpu.phm_linear_weight_grad.default
 _phm_linear_factored = torch.ops.phydi_cpu.phm_linear_factored.default
-_phm_linear_factored_grad = torch.ops.phydi_cpu.phm_linear_factored_grad.default
+phm_linear_factored_grad = torch.ops.phydi_cpu.phm_linear_factored_grad.default
 
 
 def load() -> str:
@@ -169,12 +169,6 @@ def phm_linear_factored(
     plan: Plan,
 ) -> Tensor:
     return _phm_linear_factored(x, U, V, W, F, bias, residual, alpha, activation == "relu", int(plan))
-
-
-def phm_linear_factored_grad(
-    grad: Tensor, x: Tensor, U: Tensor, V: Tensor, W: Tensor, F: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _phm_linear_factored_grad(grad, x, U, V, W, F)
 
 
 def factored_weight_grad(

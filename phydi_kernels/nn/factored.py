@@ -137,20 +137,20 @@ class _CheckedCall(NamedTuple):
 
     parameters: dict[str, Parameter | None]
     weights: tuple[Tensor | None, ...]  # U, V, W, F and bias as the operator takes them
-    epilogue: tuple[Tensor | None, str]
+    activation: str
     dtype: torch.dtype
-    in_features: torch.Size
 
-    def covers(self, x: Tensor, parameters: Mapping[str, Parameter | None]) -> bool:
-        """Whether the parameters are the same and ``x`` is a plain tensor that fits them, on the CPU."""
+    def covers(self, x: Tensor, layer: FactoredPHMLinear) -> bool:
+        """Whether the layer is the same and ``x`` is a plain tensor that fits it, on the CPU."""
         return (
             type(x) is Tensor
             and x.dtype is self.dtype
             and x.is_cpu
             and x.layout is torch.strided
             and not x.is_nested
-            and x.shape[-1:] == self.in_features
-            and all(map(operator.is_, self.parameters.values(), map(parameters.get, self.parameters)))
+            and x.shape[-1:] == (layer.in_features,)
+            and layer.activation == self.activation
+            and all(map(operator.is_, self.parameters.values(), map(layer._parameters.get, self.parameters)))
         )
 
 
@@ -196,8 +196,9 @@ class FactoredPHMLinear(FactoredLayer):
         """As :class:`PHMLinear`; a layer with an alpha, an activation or a residual of its own takes none of them."""
         alone = residual is None and alpha is None and activation == "none"
         checked = self._checked
-        if checked is not None and alone and may_skip_dispatch() and checked.covers(x, self._parameters):
-            return OP.on_cpu(x, *checked.weights, x if self.residual else None, *checked.epilogue)
+        if checked is not None and alone and may_skip_dispatch() and checked.covers(x, self):
+            own_residual = x if self.residual else None
+            return OP.on_cpu(x, *checked.weights, own_residual, checked.parameters["alpha"], checked.activation)
         *tensors, own_alpha = self._tensors()
         if not alone:
             if own_alpha is not None or self.activation != "none" or self.residual:
@@ -208,13 +209,13 @@ class FactoredPHMLinear(FactoredLayer):
             return functional.phm_linear_factored(x, *tensors, **epilogue)
         epilogue = {"residual": x if self.residual else None, "alpha": own_alpha, "activation": self.activation}
         y = functional.phm_linear_factored(x, *tensors, **epilogue)
-        if may_skip_dispatch():
+        if x.is_cpu and may_skip_dispatch():
             own = {name: p for name, p in self._parameters.items() if name in self._names}
             # None is missing: a parametrization holds its tensor elsewhere.
             if len(own) == len(self._names) and all(
                 p is None or (type(p) is Parameter and p.is_cpu) for p in own.values()
             ):
-                self._checked = _CheckedCall(own, tuple(tensors), (own_alpha, self.activation), x.dtype, x.shape[-1:])
+                self._checked = _CheckedCall(own, tuple(tensors), self.activation, x.dtype)
         return y
 
     def extra_repr(self) -> str:
