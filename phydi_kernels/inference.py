@@ -16,6 +16,7 @@ from . import plans
 from ._check import check_flag
 from ._dataflow import Dataflow
 from .algebra import BilinearAlgorithm, DecompositionError, decompose
+from .kernels.phc_conv_factored import side_by_side
 from .nn import PHConv1d, PHConv2d, PHConv3d, PHMEmbedding, PHMLinear, PHYDILinear
 from .nn.factored import FactoredLayer, FactoredPHConv, FactoredPHMLinear
 from .reference import structure
@@ -350,7 +351,9 @@ def _factored(
 
     def frozen(p: Parameter) -> Parameter:
         if p not in shared:
-            shared[p] = Parameter(_side_by_side(p.detach()) if p is layer.F else p.detach(), requires_grad=False)
+            shared[p] = Parameter(
+                _in_fast_order(p.detach(), layer) if p is layer.F else p.detach(), requires_grad=False
+            )
         return shared[p]
 
     U, V, W, F = algorithm.U, algorithm.V, algorithm.W, frozen(layer.F)
@@ -365,14 +368,19 @@ def _factored(
     return FactoredPHConv(U, V, W, F, bias, layer.stride, layer.padding, layer.dilation, **options)
 
 
-def _side_by_side(F: Tensor) -> Tensor:
-    """F of a linear layer with the weights of all outputs beside each other, as the CPU kernels combine them.
+def _in_fast_order(F: Tensor, layer: Layer) -> Tensor:
+    """F with the weights of all outputs beside each other where the CPU kernels combine them so.
 
-    Left as it is from the size on at which it comes from memory at each call, which its own order is faster to read.
+    Left as it is in a linear layer from the size on at which it comes from memory at each call, which its own order is
+    faster to read, and in a convolution that the direct plan does not serve.
     """
-    if F.dim() != 3 or not F.is_cpu or F.nbytes >= plans.NEAR_BYTES:
+    if not F.is_cpu:
         return F
-    return F.transpose(1, 2).contiguous().transpose(1, 2)
+    if isinstance(layer, PHMLinear | PHYDILinear):
+        return F if F.nbytes >= plans.NEAR_BYTES else F.transpose(1, 2).contiguous().transpose(1, 2)
+    if F[0, 0, 0].numel() == 1 or not plans.fits_direct(len(layer.stride), layer.stride[-1], F.shape[2]):
+        return F
+    return side_by_side(F)
 
 
 def _row(layer: LayerReport) -> tuple[str, ...]:

@@ -38,7 +38,7 @@ _COMBINE = 0.042  # an entry of F-hat written, and
 _COMBINE_TERM = 0.012  # for each term its share
 _LINE = 0.062  # both from F with its columns along p, whose lines are combined as they lie, and
 _LINE_TERM = 0.002  # for each term its share,
-_LINE_TERMS = (2, 3, 4, 8)  # for these numbers of terms
+LINE_TERMS = (2, 3, 4, 8)  # for these numbers of terms
 _ADD = 0.037  # a multiplication of x or y-hat with V or W, and
 _ADD_GRAD = 0.05  # the same in the gradients, which pack x-hat and g-hat along the batch as well
 _GATHER = 0.08  # an entry of F-hat packed as it lies along p, lines far apart
@@ -178,7 +178,7 @@ def _linear_factored_costs(
 ) -> dict[Plan, float]:
     wide_q = _padded(q)
     entries = p * wide_q
-    if combines and not contiguous and n in _LINE_TERMS:
+    if combines and not contiguous and n in LINE_TERMS:
         packing = R * entries * (_LINE + n * _LINE_TERM)
     else:
         packing = n * entries * (_TURN if contiguous else _GATHER)
@@ -272,6 +272,11 @@ def _narrow(p: int, q: int) -> float:
     return 1 + 8 / min(p, q)
 
 
+def fits_direct(dims: int, stride: int, q: int) -> bool:
+    """Whether the direct plan serves convolutions of q channels with this stride along the last of ``dims``."""
+    return dims < 3 and stride in _DIRECT_STRIDES and q * stride <= _DIRECT_LANES
+
+
 def _conv_factored_costs(
     pixels: int,
     outputs: int,
@@ -291,7 +296,7 @@ def _conv_factored_costs(
     cost = {Plan.RANK: R * (product * _CONV_PRODUCT * _narrow(p, q) + weights * _TERM_FORM + _TERM_CALL)}
     cost[Plan.RANK] += added * (_TERM_ADD_BFLOAT16 if bfloat16 else _TERM_ADD)
     stride, width = row or (0, 1)
-    if stride in _DIRECT_STRIDES and q * stride <= _DIRECT_LANES:
+    if row and fits_direct(2, stride, q):
         idle = max(1.0, _DIRECT_PIXELS / width)
         cost[Plan.DIRECT] = R * (outputs * _padded(p) * q * taps * idle * _DIRECT_PRODUCT + weights * _DIRECT_FORM)
         cost[Plan.DIRECT] += added * (_DIRECT_ADD_BFLOAT16 if bfloat16 else _DIRECT_ADD)

@@ -198,6 +198,7 @@ def test_conversion(prepack):
         y = optimized(x)
         for dtype in (torch.bfloat16, torch.float16):
             half = copy.deepcopy(optimized).to(dtype)
+            assert [p.stride() for p in half.parameters()] == [p.stride() for p in optimized.parameters()]
             kept = {name for name, t in half.state_dict().items() if t.dtype != dtype}
             assert {name.rpartition(".")[2] for name in kept} == ({"V", "W"} if prepack else {"U", "V", "W"})
             assert all(torch.equal(half.state_dict()[name], before[name]) for name in kept)
@@ -485,6 +486,19 @@ def test_memory_switch():
     U = kept[0].U
     torch.testing.assert_close(packed[0].F_hat.mT, torch.einsum("ri,ipq->rpq", U, kept[0].F))
     assert packed[0].U is None and set(packed[0].state_dict()) == {"V", "W", "F_hat", "bias"}
+
+
+def test_weights_lie_as_the_kernels_combine_them():
+    """Those of all outputs side by side, but for what the direct plan does not serve."""
+    model = nn.Sequential(PHMLinear(16, 12, 4), PHYDILinear(12, 2))
+    convs = (PHConv1d(8, 12, 3, 4), PHConv2d(8, 12, (3, 2), 4), PHConv2d(8, 12, 3, 4, stride=(1, 3)))
+    convs += (PHConv2d(8, 12, 1, 4), PHConv2d(516, 12, 3, 4), PHConv3d(8, 12, 3, 4))
+    for layer in quiet(model.eval()):
+        assert layer.F.mT.is_contiguous()
+    for conv, moved in zip(convs, (True, True, False, False, False, False), strict=True):
+        F = quiet(conv.eval()).F
+        assert F.is_contiguous() != moved
+        assert F.movedim((1, 2), (-1, -2)).is_contiguous() == moved
 
 
 @both

@@ -13,6 +13,7 @@ from op_checks import draw as draw_problem
 
 from phydi_kernels import functional, plans, reference
 from phydi_kernels.kernels import phc_conv
+from phydi_kernels.kernels.phc_conv_factored import side_by_side
 from phydi_kernels.plans import Plan
 
 FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -162,6 +163,8 @@ def test_every_plan(problem, dtype, plan, monkeypatch):
         tensors, options, grad = draw(problem, 2, dtype, ternary, with_U, alphas)
         wanted = differentiable + ["U"] * with_U
         tensors = {name: layout(t) if t.dim() > 2 else t for name, t in tensors.items()}
+        if with_U and layout is channels_last:
+            tensors["F"] = side_by_side(tensors["F"])
         wide = {name: t.double() for name, t in tensors.items()}
         # The input's gradient alone is an operator of its own.
         for needed in (wanted, ["x"]):
@@ -272,7 +275,25 @@ def test_direct_kernel_refuses_what_does_not_fit(change, match):
     y, x = torch.zeros(1, 4, out[0] * out[1]), torch.zeros(1, 4, 25)
     W, V, F_hat = torch.ones(3, 2), torch.ones(3, 2), torch.ones(3, 2, 2, 3, 3)
     with pytest.raises(RuntimeError, match=match):
-        torch.ops.phydi_cpu.phc_conv_factored_(y, x, W, V, F_hat, None, None, None, False, True, sizes)
+        torch.ops.phydi_cpu.phc_conv_factored_(y, x, W, V, F_hat, None, None, None, None, False, True, sizes)
+
+
+@pytest.mark.usefixtures("library")
+@pytest.mark.parametrize(
+    ("U", "n", "match"),
+    (
+        (torch.ones(2, 4), 4, "R terms"),
+        (torch.ones(3, 5), 5, "2, 3, 4 or 8 terms"),
+        (torch.ones(3, 4), 3, "size"),
+        (None, 4, "size"),
+    ),
+)
+def test_direct_kernel_refuses_other_terms(U, n, match):
+    y, x, F = torch.zeros(1, 4, 25), torch.zeros(1, 4, 25), torch.ones(n, 9, 2, 2)
+    W, V = torch.ones(3, 2), torch.ones(3, 2)
+    with pytest.raises(RuntimeError, match=match):
+        window = [5, 5, 5, 5, 3, 3, 1, 1, 1, 1, 1, 1]
+        torch.ops.phydi_cpu.phc_conv_factored_(y, x, W, V, F, U, None, None, None, False, True, window)
 
 
 @pytest.mark.usefixtures("library")

@@ -520,9 +520,9 @@ void post_add(Tensor y, std::vector<Tensor> parts, Tensor V, std::optional<Tenso
 }
 
 // Window: height and width of x and of y, then of the kernel, stride, padding and dilation.
-void phc_conv_factored(Tensor y, Tensor x, Tensor W, Tensor V, Tensor F_hat, std::optional<Tensor> bias,
-                       std::optional<Tensor> residual, std::optional<Tensor> alpha, bool relu, bool planes,
-                       std::vector<int64_t> window) {
+void phc_conv_factored(Tensor y, Tensor x, Tensor W, Tensor V, Tensor F, std::optional<Tensor> U,
+                       std::optional<Tensor> bias, std::optional<Tensor> residual, std::optional<Tensor> alpha,
+                       bool relu, bool planes, std::vector<int64_t> window) {
   const Matrix before = matrix(W, x), after = matrix(V, x);
   const Image from = image(x, before.columns, planes), to = image(y, after.columns, planes);
   STD_TORCH_CHECK(window.size() == 12, "phydi_cpu: a window has 12 sizes");
@@ -539,16 +539,18 @@ void phc_conv_factored(Tensor y, Tensor x, Tensor W, Tensor V, Tensor F_hat, std
   STD_TORCH_CHECK(from.pixels == w.in[0] * w.in[1] && to.pixels == w.out[0] * w.out[1] && from.images == to.images,
                   "phydi_cpu: images have other sizes than the window");
   STD_TORCH_CHECK(y.scalar_type() == x.scalar_type(), "phydi_cpu: tensors of one call share one dtype");
-  check_numel(
-      F_hat, x,
-      before.rows * (to.channels / after.columns) * (from.channels / before.columns) * w.kernel[0] * w.kernel[1]);
-  STD_TORCH_CHECK(after.rows == before.rows && F_hat.is_contiguous(), "phydi_cpu: V, W and F_hat must have R terms");
-  const int64_t q = from.channels / before.columns;
+  const int64_t q = from.channels / before.columns, p = to.channels / after.columns;
+  const Matrix terms = U ? matrix(*U, x) : Matrix{nullptr, before.rows, 0};
+  check_numel(F, x, (U ? terms.columns : before.rows) * p * q * w.kernel[0] * w.kernel[1]);
+  STD_TORCH_CHECK(F.is_contiguous() && after.rows == before.rows && terms.rows == before.rows,
+                  "phydi_cpu: U, V and W must have R terms, and F be contiguous");
+  STD_TORCH_CHECK(!U || terms.columns == 2 || terms.columns == 3 || terms.columns == 4 || terms.columns == 8,
+                  "phydi_cpu: lines of 2, 3, 4 or 8 terms are combined");
   STD_TORCH_CHECK((w.stride[1] == 1 || w.stride[1] == 2 || w.stride[1] == 4) && q * w.stride[1] <= 128,
                   "phydi_cpu: blocks too wide for the direct convolution");
   const ChannelEpilogueTensors e(bias, residual, alpha, relu, y, to.channels);
   if (y.numel() > 0)
-    kernels().phc_conv_factored(dtype_of(x), from, to, before, after, F_hat.const_data_ptr(), w, e.view, threads());
+    kernels().phc_conv_factored(dtype_of(x), from, to, before, after, F.const_data_ptr(), terms, w, e.view, threads());
 }
 
 Tensor block_dots(Tensor x, std::vector<Tensor> parts, int64_t blocks, bool planes) {

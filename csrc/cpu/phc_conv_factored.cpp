@@ -2,7 +2,7 @@
 // time. X-hat of a band, with its border of zeros, and Y-hat stay in L2; a register tile holds neighbouring pixels of
 // one row and sums over all taps, as in the direct convolution of Georganas et al. (2018).
 #include "blocks.h"
-#include "product.h"
+#include "lines.h"
 
 namespace phydi {
 namespace {
@@ -55,43 +55,62 @@ inline int64_t tile_pixels(int64_t width, int64_t busy) {
   return cost(kPixels[1]) < cost(kPixels[0]) ? kPixels[1] : kPixels[0];
 }
 
-// F-hat (R, p, q, taps), contiguous, as strips[r][strip][tap][lane][kStrip] of its columns.
+// The weights as strips[r][strip][tap][lane][kStrip] of the columns of F-hat_r.
 template <class In>
-void pack_taps(const In* F, int64_t R, int64_t p, int64_t q, int64_t taps, Compute<In>* strips,
-               const Threads& threads) {
+struct TapWeights {
   using T = Compute<In>;
-  constexpr int64_t per = kPerLane<In>, lanes = kLanes<T>;
-  const int64_t depth = ceil_div(q, per), across = ceil_div(p, kStrip<T>), size = q * taps;
-  parallel(threads, R * across, [&](int64_t index) {
-    const int64_t r = index / across, column = index % across * kStrip<T>;
-    const int64_t width = std::min<int64_t>(p - column, kStrip<T>);
-    const Scratch<T> turned(round_up(size, lanes) * lanes);
-    for (int64_t g = 0; g < kStrip<T>; g += lanes) {
-      tile_to_rows(F + (r * p + column + g) * size, size, size, std::min(lanes, width - g), turned.get());
-      T* to = strips + index * taps * depth * kStrip<T> + g;
-      for (int64_t t = 0; t < taps; ++t) {
-        for (int64_t lane = 0; lane < depth; ++lane, to += kStrip<T>) {
-          T line[per][lanes] = {};
-          for (int64_t h = 0; h < per && lane * per + h < q; ++h)
-            store(line[h], load(turned.get() + ((lane * per + h) * taps + t) * lanes));
-          store(to, packed<In>(line));
+  const In* F;
+  const T* U;
+  int64_t n, R, p, q, taps;
+  int64_t depth = ceil_div(q, kPerLane<In>), across = ceil_div(p, kStrip<T>);
+
+  void pack(T* strips, const Threads& threads) const { U ? pack_lines(strips, threads) : pack_planes(strips, threads); }
+
+ private:
+  // F-hat (R, p, q, taps).
+  void pack_planes(T* strips, const Threads& threads) const {
+    constexpr int64_t per = kPerLane<In>, lanes = kLanes<T>;
+    const int64_t size = q * taps;
+    parallel(threads, R * across, [&](int64_t index) {
+      const int64_t r = index / across, column = index % across * kStrip<T>;
+      const int64_t width = std::min<int64_t>(p - column, kStrip<T>);
+      const Scratch<T> turned(round_up(size, lanes) * lanes);
+      for (int64_t g = 0; g < kStrip<T>; g += lanes) {
+        tile_to_rows(F + (r * p + column + g) * size, size, size, std::min(lanes, width - g), turned.get());
+        T* to = strips + index * taps * depth * kStrip<T> + g;
+        for (int64_t t = 0; t < taps; ++t) {
+          for (int64_t lane = 0; lane < depth; ++lane, to += kStrip<T>) {
+            T line[per][lanes] = {};
+            for (int64_t h = 0; h < per && lane * per + h < q; ++h)
+              store(line[h], load(turned.get() + ((lane * per + h) * taps + t) * lanes));
+            store(to, packed<In>(line));
+          }
         }
       }
-    }
-  });
-}
+    });
+  }
+
+  // F (n, taps, q, p) and U.
+  void pack_lines(T* strips, const Threads& threads) const {
+    parallel(threads, across * taps, [&](int64_t index) {
+      const int64_t strip = index / taps, t = index % taps, column = strip * kStrip<T>;
+      const Lines<In> lines{F + t * q * p, taps * q * p, p, q, U, R, n};
+      lines.pack(column, std::min<int64_t>(p - column, kStrip<T>), 0, depth, strips + index * depth * kStrip<T>,
+                 across * taps * depth * kStrip<T>);
+    });
+  }
+};
 
 template <class In, int row_stride>
 struct Direct {
   using T = Compute<In>;
   const Image &x, &y;
   const Matrix &W, &V;
-  const In* F_hat;
+  const TapWeights<In>& F_hat;
   const Window& w;
   const ChannelEpilogue& e;
 
-  int64_t R = W.rows, q = x.channels / W.columns, p = y.channels / V.columns, taps = w.kernel[0] * w.kernel[1];
-  int64_t depth = ceil_div(q, kPerLane<In>), strips = ceil_div(p, kStrip<T>);
+  int64_t R = W.rows, q = F_hat.q, p = F_hat.p, taps = F_hat.taps, depth = F_hat.depth, strips = F_hat.across;
   // Lanes of a pixel of X-hat and of Y-hat.
   int64_t x_pixel = row_stride / w.stride[1], y_pixel = round_up(p, kLanes<T>);
   // Output rows and columns at a time, and the rows and columns of X-hat for them.
@@ -123,7 +142,7 @@ struct Direct {
     choose_band(threads);
     const int64_t strip_size = taps * depth * kStrip<T>;
     const Scratch<T> weights(R * strips * strip_size);
-    pack_taps(F_hat, R, p, q, taps, weights.get(), threads);
+    F_hat.pack(weights.get(), threads);
     const int64_t down = ceil_div(w.out[0], rows), across = ceil_div(w.out[1], columns);
     const int64_t bands = y.images * down * across, workers = std::min(bands, threads.count);
     // Tiles at the end read and write pixels that do not exist.
@@ -225,22 +244,27 @@ struct Direct {
 };
 
 template <class In>
-void direct(const Image& x, const Image& y, const Matrix& W, const Matrix& V, const void* F_hat, const Window& w,
-            const ChannelEpilogue& e, const Threads& threads) {
-  const auto* F = static_cast<const In*>(F_hat);
+void direct(const Image& x, const Image& y, const Matrix& W, const Matrix& V, const void* F, const Matrix& U,
+            const Window& w, const ChannelEpilogue& e, const Threads& threads) {
+  const TapWeights<In> F_hat{static_cast<const In*>(F),
+                             static_cast<const Compute<In>*>(U.data),
+                             U.columns,
+                             W.rows,
+                             y.channels / V.columns,
+                             x.channels / W.columns,
+                             w.kernel[0] * w.kernel[1]};
   // A pixel of X-hat has whole cache lines, and neighbouring pixels of a result lie a constant number of lanes apart.
-  const int64_t lanes = ceil_div(x.channels / W.columns, kPerLane<In>);
   for (const int64_t pixel : {16, 32, 64, 128}) {
-    if (lanes > pixel) continue;
+    if (F_hat.depth > pixel) continue;
     switch (pixel * w.stride[1]) {
       case 16:
-        return Direct<In, 16>{x, y, W, V, F, w, e}.run(threads);
+        return Direct<In, 16>{x, y, W, V, F_hat, w, e}.run(threads);
       case 32:
-        return Direct<In, 32>{x, y, W, V, F, w, e}.run(threads);
+        return Direct<In, 32>{x, y, W, V, F_hat, w, e}.run(threads);
       case 64:
-        return Direct<In, 64>{x, y, W, V, F, w, e}.run(threads);
+        return Direct<In, 64>{x, y, W, V, F_hat, w, e}.run(threads);
       case 128:
-        return Direct<In, 128>{x, y, W, V, F, w, e}.run(threads);
+        return Direct<In, 128>{x, y, W, V, F_hat, w, e}.run(threads);
     }
   }
 }
@@ -249,9 +273,9 @@ void direct(const Image& x, const Image& y, const Matrix& W, const Matrix& V, co
 
 namespace PHYDI_ISA {
 
-void phc_conv_factored(DType dtype, const Image& x, const Image& y, const Matrix& W, const Matrix& V, const void* F_hat,
-                       const Window& window, const ChannelEpilogue& e, const Threads& threads) {
-  with_type(dtype, [&](auto type) { direct<decltype(type)>(x, y, W, V, F_hat, window, e, threads); });
+void phc_conv_factored(DType dtype, const Image& x, const Image& y, const Matrix& W, const Matrix& V, const void* F,
+                       const Matrix& U, const Window& window, const ChannelEpilogue& e, const Threads& threads) {
+  with_type(dtype, [&](auto type) { direct<decltype(type)>(x, y, W, V, F, U, window, e, threads); });
 }
 
 }  // namespace PHYDI_ISA

@@ -3,6 +3,7 @@
 //
 // Packing forms both factors of a product, x-hat_r = sum_l W[r,l] x_l and F-hat_r = sum_i U[r,i] F_i, and the products
 // of a strip of columns, the y-hat_r, are combined by V while they are in cache.
+#include "lines.h"
 #include "outer.h"
 #include "split.h"
 
@@ -27,8 +28,8 @@ struct Ranks {
   // Lanes of the summation of one rank.
   int64_t depth() const { return ceil_div(q, kPerLane<In>); }
 
-  // Whether the lines of F, along its columns, are combined as they lie: for numbers of terms that fit in registers.
-  bool combines_lines() const { return U && F_s != 1 && (n == 2 || n == 3 || n == 4 || n == 8); }
+  // Whether the lines of F, along its columns, are combined as they lie.
+  bool combines_lines() const { return U && F_s != 1 && combines_lines_of(n); }
 
   // Lanes of a strip whose n terms, or R sums of lines, take at most 64 KiB, most of them in L1. It divides kDepth.
   int64_t piece() const {
@@ -37,25 +38,6 @@ struct Ranks {
     int64_t lanes = kLanes<T>;
     while (lanes < kDepth<T> && 2 * lanes * lane_bytes <= (64 << 10)) lanes *= 2;
     return lanes;
-  }
-
-  // F-hat_r of such lanes for all r from lines of F: to[r * to_stride + l * kStrip + c].
-  void combine_lines(int64_t column, int64_t columns, int64_t lane, int64_t count, T* to, int64_t to_stride) const {
-    const auto with_terms = [&](auto terms) {
-      constexpr int N = decltype(terms)::value;
-      columns < kStrip<T> ? combine_lines_of<N, false>(column, columns, lane, count, to, to_stride)
-                          : combine_lines_of<N, true>(column, columns, lane, count, to, to_stride);
-    };
-    switch (n) {
-      case 2:
-        return with_terms(std::integral_constant<int, 2>{});
-      case 3:
-        return with_terms(std::integral_constant<int, 3>{});
-      case 4:
-        return with_terms(std::integral_constant<int, 4>{});
-      case 8:
-        return with_terms(std::integral_constant<int, 8>{});
-    }
   }
 
   // Term i of F in columns [column, column + columns), lanes [lane, lane + count): to[l * kStrip + c]. Pairs as
@@ -107,50 +89,6 @@ struct Ranks {
   }
 
  private:
-  // `whole`: all columns of the strip exist.
-  template <int terms, bool whole>
-  void combine_lines_of(int64_t column, int64_t columns, int64_t lane, int64_t count, T* to, int64_t to_stride) const {
-    // Two sums at a time: both vectors of a strip, or both halves of the pairs of one.
-    constexpr int64_t per = kPerLane<In>, step_of_vector = per == 2 ? 1 : kTileVectors;
-    static_assert(kTileVectors == 2);
-    for (int64_t l = 0; l < count; ++l, to += kStrip<T>) {
-      const int64_t step = (lane + l) * per;
-      const In* f = F + column + step * F_s;
-      for (int64_t v = 0; v < kTileVectors; v += step_of_vector) {
-        const auto vector = [&](int64_t i, int64_t h) {
-          const int64_t c = (per == 2 ? v : h) * kLanes<T>, s = per == 2 ? h : 0;
-          if (step + s >= q || (!whole && c >= columns)) return Vec<T>{};
-          const In* at = f + i * F_i + s * F_s + c;
-          // The lines are far apart, each in a page of its own.
-          __builtin_prefetch(at + 8 * per * F_s);
-          return whole ? load(at) : load_some(at, columns - c);
-        };
-        Vec<T> held[terms][2];
-#pragma GCC unroll 8
-        for (int i = 0; i < terms; ++i)
-#pragma GCC unroll 2
-          for (int h = 0; h < 2; ++h) held[i][h] = vector(i, h);
-        const T* u = U;
-        T* packed = to + v * kLanes<T>;
-        for (int64_t r = 0; r < R; ++r, u += terms, packed += to_stride) {
-          Vec<T> total[2] = {};
-#pragma GCC unroll 8
-          for (int i = 0; i < terms; ++i)
-#pragma GCC unroll 2
-            for (int h = 0; h < 2; ++h) total[h] += splat(u[i]) * held[i][h];
-          if constexpr (per == 1) {
-            store(packed, total[0]);
-            store(packed + kLanes<T>, total[1]);
-          } else {
-#if defined(__AVX512BF16__)
-            store(packed, bf16_pairs(total[0], total[1]));
-#endif
-          }
-        }
-      }
-    }
-  }
-
   // A square: lane j of `width` columns with unit stride into vector j; `steps` of each column are left.
   template <bool apart>
   void turn(const In* f, int64_t width, int64_t steps, int64_t count, T* to, int64_t size) const {
@@ -224,7 +162,8 @@ void pack_pieces(const Ranks<In>& op, int64_t column, int64_t columns, Compute<I
   for (int64_t lane = 0; lane < op.depth(); lane += piece) {
     const int64_t count = std::min(piece, op.depth() - lane);
     const bool lines = op.combines_lines();
-    if (lines) op.combine_lines(column, columns, lane, count, to(lane), to_stride);
+    if (lines)
+      Lines<In>{op.F, op.F_i, op.F_s, op.q, op.U, op.R, op.n}.pack(column, columns, lane, count, to(lane), to_stride);
     if (op.U && !lines)
       for (int64_t i = 0; i < op.n; ++i)
         op.template pack_term<true>(i, column, columns, lane, count, terms + i * count * kStrip<T> * kPerLane<In>);

@@ -46,10 +46,11 @@ _LIB.define(
     "bool planes) -> ()"
 )
 # The whole of a factored convolution, directly: y_k = sum_r V[r, k] conv(sum_l W[r, l] x_l, F_hat_r) and the epilogue,
-# with F_hat (R, p, q, taps). The window is (height, width) of x, y, the kernel, stride, padding and dilation.
+# with F_hat (R, p, q, taps), or F (n, taps, q, p) and U, F_hat_r = sum_i U[r, i] F_i, for n of plans.LINE_TERMS. The
+# window is (height, width) of x, y, the kernel, stride, padding and dilation.
 _LIB.define(
-    "phc_conv_factored_(Tensor(a!) y, Tensor x, Tensor W, Tensor V, Tensor F_hat, Tensor? bias, Tensor? residual, "
-    "Tensor? alpha, bool relu, bool planes, int[] window) -> ()"
+    "phc_conv_factored_(Tensor(a!) y, Tensor x, Tensor W, Tensor V, Tensor F, Tensor? U, Tensor? bias, "
+    "Tensor? residual, Tensor? alpha, bool relu, bool planes, int[] window) -> ()"
 )
 # out[r, l] = <parts_r, x_l>.
 _LIB.define("block_dots(Tensor x, Tensor[] parts, int blocks, bool planes) -> Tensor")

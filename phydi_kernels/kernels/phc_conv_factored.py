@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from .. import plans
 from ..plans import Plan
 from ..reference import compute_dtype, structure
 from . import phc_conv as dense
@@ -114,11 +115,22 @@ def _in_terms(
     return y
 
 
+def _in_lines(F: Tensor) -> Tensor:
+    """F (n, p, q, *kernel) as (n, *kernel, q, p)."""
+    return F.movedim((1, 2), (-1, -2))
+
+
+def side_by_side(F: Tensor) -> Tensor:
+    """F with the weights of all outputs beside each other in memory, as the direct plan combines them."""
+    return _in_lines(F).contiguous().movedim((-1, -2), (1, 2))
+
+
 def _directly(
     x: Tensor,
     W: Tensor,
     V: Tensor,
-    F_hat: Tensor,
+    U: Tensor | None,
+    F: Tensor,
     shape: list[int],
     geometry: tuple[list[int], list[int], list[int]],
     bias: Tensor | None,
@@ -127,13 +139,19 @@ def _directly(
     activation: str,
 ) -> Tensor:
     planes, x, before, after, residual, y = _operands(x, W, V, residual, shape)
-    window = [*planar(x.shape[2:], 1), *planar(shape[2:], 1), *planar(F_hat.shape[3:], 1), *sum(geometry, [])]
+    window = [*planar(x.shape[2:], 1), *planar(shape[2:], 1), *planar(F.shape[3:], 1), *sum(geometry, [])]
+    lines = _in_lines(F)
+    if U is not None and len(F) in plans.LINE_TERMS and lines.is_contiguous():
+        (U,), F = _coefficients(x.dtype, U), lines
+    else:
+        U, F = None, _combined(U, F.contiguous())
     _ops.phc_conv_factored_.default(
         as_image(y, planes),
         as_image(x, planes),
         before,
         after,
-        F_hat,
+        F,
+        U,
         bias,
         None if residual is None else as_image(residual, planes),
         alpha,
@@ -167,8 +185,7 @@ def phc_conv_factored(
     geometry = planar_geometry(stride, padding, dilation)
     shape = [len(x), V.shape[1] * F.shape[1], *output_size(x.shape[2:], F.shape[3:], stride, padding, dilation)]
     if plan is Plan.DIRECT:
-        F_hat = _combined(U, F.contiguous())
-        return _directly(x, W, V, F_hat, shape, geometry, bias, residual, alpha, activation).to(dtype)
+        return _directly(x, W, V, U, F, shape, geometry, bias, residual, alpha, activation).to(dtype)
     weights = _combined_weights(U, F)
 
     def convolve(r: int, t: Tensor) -> Tensor:
@@ -197,8 +214,7 @@ def phc_conv_factored_input_grad(
     if plan is Plan.DIRECT:
         reverse, border = reversed_filters(F, padding, dilation)
         geometry = planar_geometry(stride, border, dilation)
-        F_hat = _combined(U, reverse.contiguous())
-        return _directly(grad, V, W, F_hat, input_size, geometry, None, None, None, "none").to(dtype)
+        return _directly(grad, V, W, U, reverse, input_size, geometry, None, None, None, "none").to(dtype)
     weights = _combined_weights(U, F)
     geometry = planar_geometry(stride, padding, dilation)
     q, spatial = F.shape[2], planar(input_size[2:], 1)

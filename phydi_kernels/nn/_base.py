@@ -16,12 +16,16 @@ from ._init import check_init, check_rank, initialize
 
 
 def apply_to_weights(fn: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
-    """fn(t), and contiguous where t is.
+    """fn(t), laid out as t is.
 
     Module.to(memory_format=torch.channels_last) takes every tensor of four or five dimensions for images: filters are
     passed flat, so that they move and change dtype with the rest and keep their layout.
     """
-    return fn(t.flatten()).view(t.shape) if t.dim() > 3 else fn(t)
+    if t.dim() < 4:
+        return fn(t)
+    order = sorted(range(t.dim()), key=t.stride, reverse=True)
+    lines = t.permute(order)
+    return fn(lines.flatten()).view(lines.shape).permute([order.index(d) for d in range(t.dim())])
 
 
 def layer_options(
