@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -19,7 +20,7 @@ from .algebra import BilinearAlgorithm, DecompositionError, decompose
 from .kernels.phc_conv_factored import side_by_side
 from .nn import PHConv1d, PHConv2d, PHConv3d, PHMEmbedding, PHMLinear, PHYDILinear
 from .nn.factored import FactoredLayer, FactoredPHConv, FactoredPHMLinear
-from .reference import structure
+from .reference import compute_dtype, structure
 
 __all__ = ["InferenceReport", "LayerReport", "optimize_for_inference"]
 
@@ -131,8 +132,8 @@ def optimize_for_inference(
 
     Accuracy: for each position of the output, with |x| over the inputs that it depends on, |F| over all entries, and
     to first order in the unit roundoff u, the error is at most c u growth |A| |F| |x| + u |y|. c = 2 for bfloat16,
-    where the factors are rounded to 16 bits; otherwise c is the number of roundings in a sum. Folding rounds s and b'
-    to the layer's dtype.
+    where the factors are rounded to 16 bits; otherwise c is twice the number of roundings in a sum. Folding rounds s
+    and b' to the layer's dtype.
 
     Args:
         model: in evaluation mode.
@@ -170,6 +171,7 @@ def optimize_for_inference(
     if not inplace:
         model = copy.deepcopy(model)
     modules = dict(model.named_modules())
+    uses = Counter(layer.F for layer in layers.values())
     shared: dict[Parameter, Parameter] = {}
     replacements: dict[Module, Module] = {}
     reports, untraced = [], dict[str, None]()
@@ -183,7 +185,9 @@ def optimize_for_inference(
         if dataflow is not None:
             fused = _fuse(name, modules, dataflow, fold_batchnorm, fuse_relu)
             untraced.update(dict.fromkeys(dataflow.obstacles(name)))
-        replacements[modules[name]] = _factored(cast(Layer, modules[name]), algorithm, fused, prepack, shared)
+        replacements[modules[name]] = _factored(
+            cast(Layer, modules[name]), algorithm, fused, prepack, uses[layer.F] > 1, shared
+        )
         replacements |= {modules[other]: nn.Identity() for other in fused.names}
         reports.append(
             LayerReport(
@@ -345,9 +349,14 @@ def _fold(name: str, norm: BatchNorm, conv: Conv) -> _Fused:
 
 
 def _factored(
-    layer: Layer, algorithm: BilinearAlgorithm, fused: _Fused, prepack: bool, shared: dict[Parameter, Parameter]
+    layer: Layer,
+    algorithm: BilinearAlgorithm,
+    fused: _Fused,
+    prepack: bool,
+    tied: bool,
+    shared: dict[Parameter, Parameter],
 ) -> FactoredLayer:
-    """The layer in rank-R form. ``shared`` keeps what layers have in common in common."""
+    """The layer in rank-R form. ``shared`` keeps what layers have in common in common; ``tied``: F is such."""
 
     def frozen(p: Parameter) -> Parameter:
         if p not in shared:
@@ -357,6 +366,8 @@ def _factored(
         return shared[p]
 
     U, V, W, F = algorithm.U, algorithm.V, algorithm.W, frozen(layer.F)
+    if not (prepack or tied or isinstance(layer, Conv)):
+        U, F = _as_terms(U, V, W, F)
     alpha, bias = fused.alpha, fused.bias
     if bias is None and layer.bias is not None:
         bias = frozen(layer.bias)
@@ -366,6 +377,33 @@ def _factored(
     if isinstance(layer, PHMLinear):
         return FactoredPHMLinear(U, V, W, F, bias, **options)
     return FactoredPHConv(U, V, W, F, bias, layer.stride, layer.padding, layer.dilation, **options)
+
+
+def _as_terms(U: Tensor, V: Tensor, W: Tensor, F: Parameter) -> tuple[Tensor, Parameter]:
+    """(U', F') with F'_i the F-hat_r of n ranks r, and U F = U' F': these n need no combination at a call.
+
+    Of the n x n submatrices of U one of largest volume, so that no entry of U' exceeds 1 by much; as it was where the
+    rounding of F' would more than double the error bound. Of 16 bits it would be rounded twice, and beside each other
+    the weights of all outputs must lie.
+    """
+    n = len(F)
+    if F.dtype != compute_dtype(F.dtype) or F.is_contiguous() or n not in plans.LINE_TERMS:
+        return U, F
+    if torch.linalg.matrix_rank(U) < n:
+        return U, F
+    rows = torch.linalg.lu(U)[0].argmax(0)[:n]  # of pivots
+    while True:
+        combined = torch.linalg.solve(U[rows], U, left=False)
+        largest = int(combined.abs().argmax())
+        if combined.flatten()[largest].abs() < 1.01:
+            break
+        rows[largest % n] = largest // n
+    combined[rows] = torch.eye(n, dtype=U.dtype)
+    of_products, norms = V.norm(dim=1) * W.norm(dim=1), U.norm(dim=1)
+    if of_products @ (combined.abs() @ norms[rows]) > 2 * of_products @ norms:
+        return U, F
+    terms = torch.einsum("si,iqp->sqp", U[rows], F.mT.double()).to(F.dtype)
+    return combined, Parameter(terms.mT, requires_grad=False)
 
 
 def _in_fast_order(F: Tensor, layer: Layer) -> Tensor:

@@ -501,6 +501,49 @@ def test_weights_lie_as_the_kernels_combine_them():
         assert F.movedim((1, 2), (-1, -2)).is_contiguous() == moved
 
 
+@pytest.mark.parametrize(
+    ("n", "dtype"), ((2, torch.float64), (3, torch.float64), (4, torch.float64), (4, torch.float32))
+)
+def test_weights_of_a_linear_layer_are_those_of_n_products(n, dtype):
+    """U F = U' F' with n unit rows in U', and none of its entries much beyond 1."""
+    layer = PHMLinear(
+        12 * n, 8 * n, n, init=algebra.random(n, n, n, generator=torch.Generator().manual_seed(1)), dtype=dtype
+    ).eval()
+    own = algebra.decompose(layer.A.detach().double())
+    factored = quiet(layer)
+    units = (factored.U.abs().sum(1) == 1) & (factored.U.max(1).values == 1)
+    assert units.sum() >= n
+    assert factored.U.abs().max() <= 1.01
+    expected = torch.einsum("ri,ipq->rpq", own.U, layer.F.double())
+    actual = torch.einsum("ri,ipq->rpq", factored.U.double(), factored.F.double())
+    assert relative(actual, expected) < 8 * torch.finfo(dtype).eps
+    assert torch.equal(factored.F[factored.U[units].argmax(1)].double(), actual[units])
+
+
+def test_weights_kept_as_they_are():
+    """Of 16 bits, shared by layers of other algebras, prepacked, beyond the bound, of convolutions."""
+    torch.manual_seed(0)
+    A = algebra.random(4, 4, 4)
+    half = PHMLinear(16, 16, 4, init=A, dtype=torch.bfloat16).eval()
+    assert torch.equal(quiet(half).F, half.F)
+    conv = PHConv2d(16, 16, 3, 4, init=A).eval()
+    assert torch.equal(quiet(conv).F, conv.F)
+    tied = nn.Sequential(PHMLinear(16, 16, 4, init=A), PHMLinear(16, 16, 4)).eval()
+    tied[1].F = tied[0].F
+    factored = quiet(tied)
+    assert factored[0].F is factored[1].F
+    assert torch.equal(factored[0].F, tied[0].F)
+    # Each of the other 16 products would be a sum of all of the 8.
+    many = PHMLinear(16, 16, 8, algebra_rank=24).eval()
+    with torch.no_grad():
+        many.U.copy_(torch.randn(24, 8))
+    assert torch.equal(quiet(many).F, many.F)
+    deficient = PHMLinear(16, 16, 4, algebra_rank=5).eval()
+    with torch.no_grad():
+        deficient.U[:, 0] = 0
+    assert torch.equal(quiet(deficient).F, deficient.F)
+
+
 @both
 def test_copies(prepack):
     torch.manual_seed(0)

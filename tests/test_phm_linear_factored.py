@@ -110,6 +110,27 @@ def test_every_plan_takes_every_layout(problem, plan, layout, monkeypatch):
 
 
 @pytest.mark.usefixtures("library")
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16), ids=dtype_id)
+@pytest.mark.parametrize("n", (2, 3, 4, 8))
+@pytest.mark.parametrize(("p", "q"), ((7, 5), (16, 3), (32, 65), (33, 4), (64, 1), (70, 33)))
+def test_terms_of_unit_rows(p, q, n, dtype, monkeypatch):
+    """U with unit rows, in any order and twice, and with what only looks like one; F along p, between NaN."""
+    force_plan(monkeypatch, Plan.RANK)
+    eye = torch.eye(n, dtype=torch.float64)
+    others = torch.stack((-eye[0], 2 * eye[1], torch.ones(n).double(), 0 * eye[0], eye[0] - eye[1]))
+    U = torch.cat((eye[1:].flip(0), others[:2], eye, others[2:])).to(dtype)
+    V, W = (ternary((len(U), blocks), seed).to(dtype) for seed, blocks in enumerate((3, 2)))
+    held = torch.full((n, q, p + 5), torch.nan, dtype=dtype)
+    held[:, :, :p] = ternary((n, q, p), 2)
+    F = held[:, :, :p].mT
+    for rows in (1, 8, 15, 112, 113):
+        x = ternary((rows, 2 * q), rows).to(dtype)
+        y = functional.phm_linear_factored(x, U, V, W, F)
+        expected = functional.phm_linear_factored(*(t.double() for t in (x, U, V, W, F.contiguous())))
+        assert_exact({"y": y}, {"y": expected}, dtype)
+
+
+@pytest.mark.usefixtures("library")
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=dtype_id)
 @pytest.mark.parametrize("rows", (255, 256, 257, 511, 512, 513, 769, 1025))
 def test_gradients_beside_whole_blocks_of_rows(rows, dtype, monkeypatch):

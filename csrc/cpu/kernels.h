@@ -127,7 +127,7 @@ struct ChannelEpilogue {
   void post_add(DType, const Image& y, void* const* parts, const Matrix& V, const ChannelEpilogue&, const Threads&);   \
   /* y_k = sum_r V[r,k] conv(sum_l W[r,l] x_l, F-hat_r) and the epilogue. F is F-hat (R, p, q, taps) where U.data is   \
      null, else (n, taps, q, p) with F-hat_r = sum_i U[r,i] F_i for the n of combines_lines; both contiguous. The      \
-     lanes of q and the stride along the width are bounded; see ops.cpp. */                                                      \
+     lanes of q and the stride along the width are bounded; see ops.cpp. */                                            \
   void phc_conv_factored(DType, const Image& x, const Image& y, const Matrix& W, const Matrix& V, const void* F,       \
                          const Matrix& U, const Window&, const ChannelEpilogue&, const Threads&);                      \
   /* out[r,l] = <parts_r, x_l> in the compute type. */                                                                 \

@@ -46,16 +46,16 @@ struct Lines {
     // Two sums at a time: both vectors of a strip, or both halves of the pairs of one.
     constexpr int64_t per = kPerLane<In>, step_of_vector = per == 2 ? 1 : kTileVectors;
     static_assert(kTileVectors == 2);
-    for (int64_t l = 0; l < count; ++l, to += kStrip<T>) {
-      const int64_t step = (lane + l) * per;
-      const In* f = F + column + step * F_s;
+    const In* f = F + column + lane * per * F_s;
+    int64_t steps = q - lane * per;
+    for (int64_t l = 0; l < count; ++l, to += kStrip<T>, f += per * F_s, steps -= per) {
       for (int64_t v = 0; v < kTileVectors; v += step_of_vector) {
         const auto vector = [&](int64_t i, int64_t h) {
           const int64_t c = (per == 2 ? v : h) * kLanes<T>, s = per == 2 ? h : 0;
-          if (step + s >= q || (!whole && c >= columns)) return Vec<T>{};
+          if (s >= steps || (!whole && c >= columns)) return Vec<T>{};
           const In* at = f + i * F_i + s * F_s + c;
           // The lines are far apart, each in a page of its own.
-          __builtin_prefetch(at + 8 * per * F_s);
+          __builtin_prefetch(at + 4 * per * F_s);
           return whole ? load(at) : load_some(at, columns - c);
         };
         Vec<T> held[terms][2];

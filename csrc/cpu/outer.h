@@ -82,7 +82,7 @@ void outer_product(int64_t batch, int64_t rows, int64_t columns, const RowEntrie
           for (int64_t m = 0; m < count; m += kTileRows)
             tile<In, 1, kTileRows>(count - m, columns - column)(
                 lanes, packed_rows.get() + m / kTileRows * tile_size, packed_columns.get() + strip * lanes * kStrip<T>,
-                first && b == 0, G + (row + m) * stride + column, stride);
+                kStrip<T>, first && b == 0, G + (row + m) * stride + column, stride);
         }
       }
     });

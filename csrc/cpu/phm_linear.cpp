@@ -59,8 +59,8 @@ void multiply(int64_t batch, const Linear<In>& op, const Epilogue& epilogue, con
             const int64_t width = std::min<int64_t>(columns - column, kStrip<T>);
             for (int64_t m = 0; m < count; m += kTileRows) {
               T* to = c.get() + m * c_stride + j * kStrip<T>;
-              tile<In, kBlockStride<T>, 1>(count - m, width)(steps, packed.get() + m * kBlockStride<T>, b, k == 0, to,
-                                                             c_stride);
+              tile<In, kBlockStride<T>, 1>(count - m, width)(steps, packed.get() + m * kBlockStride<T>, b, kStrip<T>,
+                                                             k == 0, to, c_stride);
               if (k + steps < depth) continue;
               for (int64_t r = m; r < std::min<int64_t>(m + kTileRows, count); ++r)
                 output.write((row + r) / split, (row + r) % split, column, width,

@@ -3,6 +3,9 @@
 //
 // Packing forms both factors of a product, x-hat_r = sum_l W[r,l] x_l and F-hat_r = sum_i U[r,i] F_i, and the products
 // of a strip of columns, the y-hat_r, are combined by V while they are in cache.
+#include <optional>
+#include <vector>
+
 #include "lines.h"
 #include "outer.h"
 #include "split.h"
@@ -152,27 +155,51 @@ struct Ranks {
   }
 };
 
-// F-hat of `columns` columns from `column` on, a piece of the lanes at a time: each(r, lane, count, packed) takes the
-// lanes [lane, lane + count) of F-hat_r, written to to(lane) + r * to_stride.
-template <class In, class Where, class Each>
-void pack_pieces(const Ranks<In>& op, int64_t column, int64_t columns, Compute<In>* terms, const Where& to,
-                 int64_t to_stride, const Each& each) {
+// The ranks whose F-hat_r is a term of F, by a unit row of U, and the others.
+template <class In>
+struct TermRanks {
   using T = Compute<In>;
-  const int64_t piece = op.piece();
-  for (int64_t lane = 0; lane < op.depth(); lane += piece) {
-    const int64_t count = std::min(piece, op.depth() - lane);
-    const bool lines = op.combines_lines();
-    if (lines)
-      Lines<In>{op.F, op.F_i, op.F_s, op.q, op.U, op.R, op.n}.pack(column, columns, lane, count, to(lane), to_stride);
-    if (op.U && !lines)
-      for (int64_t i = 0; i < op.n; ++i)
-        op.template pack_term<true>(i, column, columns, lane, count, terms + i * count * kStrip<T> * kPerLane<In>);
+  std::vector<int64_t> term, place;  // of rank r: its term, or -1 and its place among the others
+  std::vector<T> U;                  // of the others
+  int64_t others = 0;
+
+  explicit TermRanks(const Ranks<In>& op) : term(op.R), place(op.R) {
     for (int64_t r = 0; r < op.R; ++r) {
-      T* packed = to(lane) + r * to_stride;
-      if (!op.U) op.template pack_term<false>(r, column, columns, lane, count, packed);
-      if (op.U && !lines) op.combine_terms(terms, r, count, packed);
-      each(r, lane, count, packed);
+      const T *row = op.U + r * op.n, *end = row + op.n, *one = std::find(row, end, T(1));
+      const bool unit = one != end && std::count(row, end, T(0)) == op.n - 1;
+      term[r] = unit ? one - row : -1;
+      place[r] = unit ? -1 : others++;
+      if (!unit) U.insert(U.end(), row, end);
     }
+  }
+};
+
+// Lanes [lane, lane + count) of F-hat in `columns` columns from `column` on: each(r, b, b_stride) takes those of
+// F-hat_r, written to to + r * to_stride; or in F, where `in_place` is not null and has a term for it.
+template <class In, class Each>
+void pack_piece(const Ranks<In>& op, const TermRanks<In>* in_place, int64_t column, int64_t columns, int64_t lane,
+                int64_t count, Compute<In>* terms, Compute<In>* to, int64_t to_stride, const Each& each) {
+  using T = Compute<In>;
+  const bool lines = op.combines_lines();
+  if (lines) {
+    const T* U = in_place ? in_place->U.data() : op.U;
+    const Lines<In> packed{op.F, op.F_i, op.F_s, op.q, U, in_place ? in_place->others : op.R, op.n};
+    packed.pack(column, columns, lane, count, to, to_stride);
+  }
+  if (op.U && !lines)
+    for (int64_t i = 0; i < op.n; ++i)
+      op.template pack_term<true>(i, column, columns, lane, count, terms + i * count * kStrip<T> * kPerLane<In>);
+  for (int64_t r = 0; r < op.R; ++r) {
+    if constexpr (std::is_same_v<In, T>) {
+      if (in_place && in_place->term[r] >= 0) {
+        each(r, op.F + in_place->term[r] * op.F_i + lane * op.F_s + column, op.F_s);
+        continue;
+      }
+    }
+    T* packed = to + (in_place ? in_place->place[r] : r) * to_stride;
+    if (!op.U) op.template pack_term<false>(r, column, columns, lane, count, packed);
+    if (op.U && !lines) op.combine_terms(terms, r, count, packed);
+    each(r, packed, kStrip<T>);
   }
 }
 
@@ -340,20 +367,29 @@ void multiply_ranks(int64_t rows, const Ranks<In>& op, const Output<In>* output,
     parallel(threads, packers, [&](int64_t packer) {
       mixed.pack(padded * packer / packers, padded * (packer + 1) / packers, 0, rows, 0, R);
     });
+    std::optional<TermRanks<In>> in_place;
+    if (std::is_same_v<In, T> && op.combines_lines()) in_place.emplace(op);
     parallel(threads, workers, [&](int64_t worker) {
       const int64_t piece_size = piece * kStrip<T>, packed_stride = op.combines_lines() ? piece_size : 0;
       const Scratch<T> terms(op.n * kPerLane<In> * piece_size), packed((R - 1) * packed_stride + piece_size),
           products(R * product_stride), results(result_size);
       for (int64_t strip = strips * worker / workers; strip < strips * (worker + 1) / workers; ++strip) {
         const int64_t column = strip * kStrip<T>, width = std::min<int64_t>(op.p - column, kStrip<T>);
-        pack_pieces(
-            op, column, width, terms.get(), [&](int64_t) { return packed.get(); }, packed_stride,
-            [&](int64_t r, int64_t lane, int64_t count, const T* b) {
-              for (int64_t m = 0; m < rows; m += kTileRows)
-                tile<In, kBlockStride<T>, 1>(rows - m, width)(
-                    count, mixed.at(r, lane / kDepth<T>, m) + lane % kDepth<T>, b, lane == 0,
-                    products.get() + r * product_stride + m * kStrip<T>, kStrip<T>);
-            });
+        // A strip cut off has no whole lines.
+        const TermRanks<In>* terms_of_F = in_place && width == kStrip<T> ? &*in_place : nullptr;
+        for (int64_t lane = 0; lane < depth; lane += piece) {
+          const int64_t count = std::min(piece, depth - lane);
+          pack_piece(op, terms_of_F, column, width, lane, count, terms.get(), packed.get(), packed_stride,
+                     [&](int64_t r, const T* b, int64_t b_stride) {
+                       for (int64_t m = 0; m < rows; m += kTileRows) {
+                         const auto multiply = b_stride == kStrip<T>
+                                                   ? tile<In, kBlockStride<T>, 1, false>(rows - m, width)
+                                                   : tile<In, kBlockStride<T>, 1, true>(rows - m, width);
+                         multiply(count, mixed.at(r, lane / kDepth<T>, m) + lane % kDepth<T>, b, b_stride, lane == 0,
+                                  products.get() + r * product_stride + m * kStrip<T>, kStrip<T>);
+                       }
+                     });
+        }
         combine_strip(0, R, 0, rows, strip, worker, products.get(), results.get());
       }
     });
@@ -364,10 +400,11 @@ void multiply_ranks(int64_t rows, const Ranks<In>& op, const Output<In>* output,
       parallel(threads, some, [&](int64_t j) {
         const Scratch<T> terms(op.n * kPerLane<In> * piece * kStrip<T>);
         const int64_t column = (first_strip + j) * kStrip<T>;
-        pack_pieces(
-            op, column, std::min<int64_t>(op.p - column, kStrip<T>), terms.get(),
-            [&](int64_t lane) { return packed.get() + j * strip_size + lane * kStrip<T>; }, depth * kStrip<T>,
-            [](int64_t, int64_t, int64_t, const T*) {});
+        const int64_t width = std::min<int64_t>(op.p - column, kStrip<T>);
+        for (int64_t lane = 0; lane < depth; lane += piece)
+          pack_piece(op, static_cast<const TermRanks<In>*>(nullptr), column, width, lane, std::min(piece, depth - lane),
+                     terms.get(), packed.get() + j * strip_size + lane * kStrip<T>, depth * kStrip<T>,
+                     [](int64_t, const T*, int64_t) {});
       });
       parallel(threads, workers, [&](int64_t worker) {
         const MixedRows<In> mixed(op, block_rows, group);
@@ -384,7 +421,7 @@ void multiply_ranks(int64_t rows, const Ranks<In>& op, const Output<In>* output,
                   const T* b = packed.get() + j * strip_size + (r * depth + part * kDepth<T>)*kStrip<T>;
                   for (int64_t m = 0; m < count; m += kTileRows)
                     tile<In, kBlockStride<T>, 1>(count - m, op.p - strip * kStrip<T>)(
-                        mixed.lanes(part), mixed.at(r - first, part, m), b, part == 0,
+                        mixed.lanes(part), mixed.at(r - first, part, m), b, kStrip<T>, part == 0,
                         products.get() + (r - first) * product_stride + m * kStrip<T>, kStrip<T>);
                 }
               }

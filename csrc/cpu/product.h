@@ -83,7 +83,8 @@ inline void multiply_add(Vec<Compute<In>>& c, Vec<Compute<In>> a, Vec<Compute<In
 // a + m * row_stride + k * step_stride: constants, so that one pointer addresses all rows.
 template <class In, int row_stride, int step_stride, int M, int NV>
 inline __attribute__((always_inline)) void accumulate(Vec<Compute<In>> (&acc)[M][NV], int64_t depth,
-                                                      const Compute<In>* a, const Compute<In>* b) {
+                                                      const Compute<In>* a, const Compute<In>* b,
+                                                      int64_t b_stride = kStrip<Compute<In>>) {
   using T = Compute<In>;
   for (int64_t k = 0; k < depth; ++k) {
     Vec<T> w[NV];
@@ -96,7 +97,7 @@ inline __attribute__((always_inline)) void accumulate(Vec<Compute<In>> (&acc)[M]
       for (int v = 0; v < NV; ++v) multiply_add<In>(acc[m][v], am, w[v]);
     }
     a += step_stride;
-    b += kStrip<T>;
+    b += b_stride;
   }
 }
 
@@ -108,36 +109,37 @@ inline __attribute__((always_inline)) void store_tile(const Vec<T> (&acc)[M][NV]
     for (int v = 0; v < NV; ++v) store(c + m * c_stride + v * kLanes<T>, acc[m][v]);
 }
 
-// A register tile: c = (first ? 0 : c) + a * b.
-template <class In, int M, int NV, int row_stride, int step_stride>
-void run_tile(int64_t depth, const Compute<In>* a, const Compute<In>* b, bool first, Compute<In>* c, int64_t c_stride) {
+// A register tile: c = (first ? 0 : c) + a * b. The lanes of b follow each other, or are `apart`: b_stride entries.
+template <class In, int M, int NV, int row_stride, int step_stride, bool apart>
+void run_tile(int64_t depth, const Compute<In>* a, const Compute<In>* b, [[maybe_unused]] int64_t b_stride, bool first,
+              Compute<In>* c, int64_t c_stride) {
   using T = Compute<In>;
   Vec<T> acc[M][NV];
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) acc[m][v] = first ? Vec<T>{} : load(c + m * c_stride + v * kLanes<T>);
-  accumulate<In, row_stride, step_stride>(acc, depth, a, b);
+  accumulate<In, row_stride, step_stride>(acc, depth, a, b, apart ? b_stride : kStrip<T>);
   store_tile<T>(acc, c, c_stride);
 }
 
 // The tile function for `rows` rows and `columns` columns, rounded up to what is compiled.
 template <class T>
-using TileFn = void (*)(int64_t depth, const T* a, const T* b, bool first, T* c, int64_t c_stride);
+using TileFn = void (*)(int64_t depth, const T* a, const T* b, int64_t b_stride, bool first, T* c, int64_t c_stride);
 
-template <class In, int row_stride, int step_stride, int M>
+template <class In, int row_stride, int step_stride, bool apart, int M>
 TileFn<Compute<In>> tile_of_columns(int64_t columns) {
-  return columns > kLanes<Compute<In>> ? run_tile<In, M, 2, row_stride, step_stride>
-                                       : run_tile<In, M, 1, row_stride, step_stride>;
+  return columns > kLanes<Compute<In>> ? run_tile<In, M, 2, row_stride, step_stride, apart>
+                                       : run_tile<In, M, 1, row_stride, step_stride, apart>;
 }
 
-template <class In, int row_stride, int step_stride>
+template <class In, int row_stride, int step_stride, bool apart = false>
 TileFn<Compute<In>> tile(int64_t rows, int64_t columns) {
   constexpr int most = (kTileRows + 2) / 2, half = most / 2;
-  if (rows > most) return tile_of_columns<In, row_stride, step_stride, kTileRows>(columns);
-  if (rows > half) return tile_of_columns<In, row_stride, step_stride, most>(columns);
-  if (rows > half / 2) return tile_of_columns<In, row_stride, step_stride, half>(columns);
-  return tile_of_columns<In, row_stride, step_stride, half / 2>(columns);
+  if (rows > most) return tile_of_columns<In, row_stride, step_stride, apart, kTileRows>(columns);
+  if (rows > half) return tile_of_columns<In, row_stride, step_stride, apart, most>(columns);
+  if (rows > half / 2) return tile_of_columns<In, row_stride, step_stride, apart, half>(columns);
+  return tile_of_columns<In, row_stride, step_stride, apart, half / 2>(columns);
 }
 
 }  // namespace

@@ -11,8 +11,10 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from .. import functional
+from ..kernels import cpu
 from ..ops._autograd import may_skip_dispatch, without_autocast
-from ..ops.phm_linear_factored import OP
+from ..ops.phm_linear_factored import plan_on_cpu
+from ..plans import Plan
 from ..reference import compute_dtype
 from ._base import apply_to_weights
 from .phm_linear import PHMLinear
@@ -132,25 +134,30 @@ class FactoredLayer(Module):
         return options + (", prepacked" if self.prepacked else "")
 
 
-class _CheckedCall(NamedTuple):
-    """What a call has checked. To check it anew would be a third of the time of a small call."""
+# Shapes of inputs that a layer remembers.
+_SHAPES = 64
 
-    parameters: dict[str, Parameter | None]
-    weights: tuple[Tensor | None, ...]  # U, V, W, F and bias as the operator takes them
+
+class _CheckedCall(NamedTuple):
+    """What calls have checked. To check it anew would be a third of the time of a small one."""
+
+    parameters: dict[str, Any]  # U, V, W, F, bias and alpha of the layer
     activation: str
     dtype: torch.dtype
+    plans: dict[torch.Size, Plan]  # by shapes of x
 
-    def covers(self, x: Tensor, layer: FactoredPHMLinear) -> bool:
-        """Whether the layer is the same and ``x`` is a plain tensor that fits it, on the CPU."""
+    def holds(self, layer: FactoredPHMLinear, dtype: torch.dtype) -> bool:
+        """Whether the layer is the same, called with ``dtype``."""
         return (
-            type(x) is Tensor
-            and x.dtype is self.dtype
-            and x.is_cpu
-            and x.layout is torch.strided
-            and not x.is_nested
-            and x.shape[-1:] == (layer.in_features,)
+            dtype is self.dtype
             and layer.activation == self.activation
             and all(map(operator.is_, self.parameters.values(), map(layer._parameters.get, self.parameters)))
+        )
+
+    def covers(self, x: Tensor) -> bool:
+        """Whether ``x`` is a plain tensor of a shape seen before, on the CPU."""
+        return (
+            type(x) is Tensor and x.is_cpu and x.layout is torch.strided and not x.is_nested and x.shape in self.plans
         )
 
 
@@ -196,9 +203,12 @@ class FactoredPHMLinear(FactoredLayer):
         """As :class:`PHMLinear`; a layer with an alpha, an activation or a residual of its own takes none of them."""
         alone = residual is None and alpha is None and activation == "none"
         checked = self._checked
-        if checked is not None and alone and may_skip_dispatch() and checked.covers(x, self):
+        if checked is not None and alone and may_skip_dispatch() and checked.covers(x) and checked.holds(self, x.dtype):
+            U, V, W, F, bias, own_alpha = checked.parameters.values()
+            F = self._packed(F) if self.prepacked else F
             own_residual = x if self.residual else None
-            return OP.on_cpu(x, *checked.weights, own_residual, checked.parameters["alpha"], checked.activation)
+            plan = checked.plans[x.shape]
+            return cpu.phm_linear_factored(x, U, V, W, F, bias, own_residual, own_alpha, self.activation, plan)
         *tensors, own_alpha = self._tensors()
         if not alone:
             if own_alpha is not None or self.activation != "none" or self.residual:
@@ -209,14 +219,19 @@ class FactoredPHMLinear(FactoredLayer):
             return functional.phm_linear_factored(x, *tensors, **epilogue)
         epilogue = {"residual": x if self.residual else None, "alpha": own_alpha, "activation": self.activation}
         y = functional.phm_linear_factored(x, *tensors, **epilogue)
-        if x.is_cpu and may_skip_dispatch():
-            own = {name: p for name, p in self._parameters.items() if name in self._names}
-            # None is missing: a parametrization holds its tensor elsewhere.
-            if len(own) == len(self._names) and all(
-                p is None or (type(p) is Parameter and p.is_cpu) for p in own.values()
-            ):
-                self._checked = _CheckedCall(own, tuple(tensors), self.activation, x.dtype)
+        if x.is_cpu and may_skip_dispatch() and cpu.available():
+            self._remember(x, *tensors[:4])
         return y
+
+    def _remember(self, x: Tensor, U: Tensor | None, V: Tensor, W: Tensor, F: Tensor) -> None:
+        if not all(name in self._parameters for name in self._names):
+            return  # a parametrization holds a tensor elsewhere
+        own = {name: self._parameters[name] for name in self._names}
+        if not all(p is None or (type(p) is Parameter and p.is_cpu) for p in own.values()):
+            return
+        if self._checked is None or not self._checked.holds(self, x.dtype) or len(self._checked.plans) == _SHAPES:
+            self._checked = _CheckedCall(own, self.activation, x.dtype, {})
+        self._checked.plans[x.shape] = plan_on_cpu(x, U, V, W, F)
 
     def extra_repr(self) -> str:
         sizes = f"in_features={self.in_features}, out_features={self.out_features}, "

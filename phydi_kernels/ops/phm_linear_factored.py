@@ -23,6 +23,14 @@ from ._family import (
 )
 
 
+def plan_on_cpu(x: Tensor, U: Tensor | None, V: Tensor, W: Tensor, F: Tensor) -> Plan:
+    R, P = V.shape
+    n, p, q = F.shape
+    Q = W.shape[1]
+    along_q, bfloat16 = q == 1 or F.stride(2) == 1, x.dtype == torch.bfloat16
+    return plans.phm_linear_factored(x.numel() // (Q * q), n, P, Q, p, q, R, along_q, U is not None, bfloat16)
+
+
 def _forward_cpu(
     x: Tensor,
     U: Tensor | None,
@@ -36,11 +44,7 @@ def _forward_cpu(
 ) -> Tensor:
     if not cpu.available():
         return reference.phm_linear_factored(x, U, V, W, F, bias, residual, alpha, activation)
-    R, P = V.shape
-    n, p, q = F.shape
-    Q = W.shape[1]
-    along_q, bfloat16 = q == 1 or F.stride(2) == 1, x.dtype == torch.bfloat16
-    plan = plans.phm_linear_factored(x.numel() // (Q * q), n, P, Q, p, q, R, along_q, U is not None, bfloat16)
+    plan = plan_on_cpu(x, U, V, W, F)
     return cpu.phm_linear_factored(x, U, V, W, F, bias, residual, alpha, activation, plan)
 
 
