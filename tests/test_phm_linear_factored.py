@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import itertools
 import math
+import mmap
 from typing import Any
 
 import pytest
@@ -109,6 +112,16 @@ def test_every_plan_takes_every_layout(problem, plan, layout, monkeypatch):
         assert_exact(_run(tensors, {}, grad, TestPlans.wanted), expected, dtype)
 
 
+def before_guard_page(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Uninitialised, contiguous, and the process ends where something reads on behind it."""
+    size = math.prod(shape) * dtype.itemsize
+    pages = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, pages + mmap.PAGESIZE)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(address + pages), mmap.PAGESIZE, 0) == 0
+    return torch.frombuffer(memory, dtype=dtype, count=math.prod(shape), offset=pages - size).view(shape)
+
+
 @pytest.mark.usefixtures("library")
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16), ids=dtype_id)
 @pytest.mark.parametrize("n", (2, 3, 4, 8))
@@ -123,9 +136,11 @@ def test_terms_of_unit_rows(p, q, n, dtype, monkeypatch):
     held = torch.full((n, q, p + 5), torch.nan, dtype=dtype)
     held[:, :, :p] = ternary((n, q, p), 2)
     F = held[:, :, :p].mT
-    for rows in (1, 8, 15, 112, 113):
+    last = before_guard_page((n, q, p), dtype)
+    last.copy_(held[:, :, :p])
+    for rows, weights in itertools.product((1, 8, 15, 112, 113), (F, last.mT)):
         x = ternary((rows, 2 * q), rows).to(dtype)
-        y = functional.phm_linear_factored(x, U, V, W, F)
+        y = functional.phm_linear_factored(x, U, V, W, weights)
         expected = functional.phm_linear_factored(*(t.double() for t in (x, U, V, W, F.contiguous())))
         assert_exact({"y": y}, {"y": expected}, dtype)
 
