@@ -22,6 +22,9 @@ void parallel(const Threads& threads, int64_t tasks, const Fn& fn) {
       tasks, [](void* context, int64_t index) { (*static_cast<const Fn*>(context))(index); }, const_cast<Fn*>(&fn));
 }
 
+// Multiplications in the time that it takes to start another thread.
+constexpr int64_t kThreadStart = 1 << 17;
+
 template <class Fn>
 void with_type(DType dtype, const Fn& fn) {
   switch (dtype) {

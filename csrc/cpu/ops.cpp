@@ -181,13 +181,16 @@ struct FactorTensors {
 template <class T>
 void form_structure(const Factors& f, T* A) {
   const T *U = static_cast<const T*>(f.U), *V = static_cast<const T*>(f.V), *W = static_cast<const T*>(f.W);
-  std::fill(A, A + f.n * f.P * f.Q, T(0));
+  const int64_t size = f.P * f.Q;
+  std::fill(A, A + f.n * size, T(0));
+  std::vector<T> product(size);
   for (int64_t r = 0; r < f.R; ++r) {
+    for (int64_t k = 0; k < f.P; ++k)
+      for (int64_t l = 0; l < f.Q; ++l) product[k * f.Q + l] = V[r * f.P + k] * W[r * f.Q + l];
+    // All entries of a slice in one loop, which a compiler turns into vectors.
     for (int64_t i = U ? 0 : r; i < (U ? f.n : r + 1); ++i) {
-      for (int64_t k = 0; k < f.P; ++k) {
-        const T uv = (U ? U[r * f.n + i] : T(1)) * V[r * f.P + k];
-        for (int64_t l = 0; l < f.Q; ++l) A[(i * f.P + k) * f.Q + l] += uv * W[r * f.Q + l];
-      }
+      const T u = U ? U[r * f.n + i] : T(1);
+      for (int64_t e = 0; e < size; ++e) A[i * size + e] += u * product[e];
     }
   }
 }

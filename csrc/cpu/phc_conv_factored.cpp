@@ -26,33 +26,18 @@ template <class T>
 using TapsFn = void (*)(int64_t taps, const int64_t* offsets, int64_t depth, const T* a, const T* b, T* c,
                         int64_t c_stride);
 
-constexpr int kPixels[] = {kTileRows, (kTileRows + 2) / 2, (kTileRows + 2) / 4, (kTileRows + 2) / 8};
-
 template <class In, int NV, int row_stride>
 TapsFn<Compute<In>> taps_of_pixels(int64_t pixels) {
-  if (pixels > kPixels[1]) return run_taps<In, kPixels[0], NV, row_stride>;
-  if (pixels > kPixels[2]) return run_taps<In, kPixels[1], NV, row_stride>;
-  if (pixels > kPixels[3]) return run_taps<In, kPixels[2], NV, row_stride>;
-  return run_taps<In, kPixels[3], NV, row_stride>;
+  if (pixels > kTileSizes[1]) return run_taps<In, kTileSizes[0], NV, row_stride>;
+  if (pixels > kTileSizes[2]) return run_taps<In, kTileSizes[1], NV, row_stride>;
+  if (pixels > kTileSizes[3]) return run_taps<In, kTileSizes[2], NV, row_stride>;
+  return run_taps<In, kTileSizes[3], NV, row_stride>;
 }
 
 template <class In, int row_stride>
 TapsFn<Compute<In>> taps_tile(int64_t pixels, int64_t columns) {
   return columns > kLanes<Compute<In>> ? taps_of_pixels<In, 2, row_stride>(pixels)
                                        : taps_of_pixels<In, 1, row_stride>(pixels);
-}
-
-// Pixels of a tile, so that the tiles of a row of `width` take least; fewer than `busy` of them leave units idle.
-inline int64_t tile_pixels(int64_t width, int64_t busy) {
-  const auto cost = [&](int64_t step) {
-    const auto of_tile = [&](int64_t pixels) {
-      int64_t compiled = kPixels[0];
-      for (const int size : kPixels) compiled = pixels <= size ? size : compiled;
-      return std::max(compiled, busy) + 1;
-    };
-    return width / step * of_tile(step) + (width % step ? of_tile(width % step) : 0);
-  };
-  return cost(kPixels[1]) < cost(kPixels[0]) ? kPixels[1] : kPixels[0];
 }
 
 // The weights as strips[r][strip][tap][lane][kStrip] of the columns of F-hat_r.
@@ -219,7 +204,7 @@ struct Direct {
     std::vector<int64_t> offsets(taps);
     for (int64_t t = 0; t < taps; ++t)
       offsets[t] = (t / w.kernel[1] * w.dilation[0] * x_columns + t % w.kernel[1] * w.dilation[1]) * x_pixel;
-    const int64_t step = tile_pixels(some_columns, p > kLanes<T> ? 4 : 8);
+    const int64_t step = tile_step(some_columns, p > kLanes<T> ? 4 : 8);
     for (int64_t r = 0; r < R; ++r) {
       for (int64_t strip = 0; strip < strips; ++strip) {
         const T* b = weights + (r * strips + strip) * strip_size;

@@ -162,7 +162,7 @@ void stream(int64_t batch, const Linear<In>& op, const Epilogue& epilogue, const
   const Output<In> output{epilogue, op.P, op.p};
 
   const Scratch<T> mixed(padded_rows * depth);
-  const int64_t mixers = std::min(padded_rows, threads.count);
+  const int64_t mixers = rows * depth * op.Q < kThreadStart ? 1 : std::min(padded_rows, threads.count);
   parallel(threads, mixers, [&](int64_t mixer) {
     for (int64_t row = padded_rows * mixer / mixers; row < padded_rows * (mixer + 1) / mixers; ++row) {
       T* to = mixed.get() + row * depth;
@@ -190,8 +190,12 @@ void stream(int64_t batch, const Linear<In>& op, const Epilogue& epilogue, const
                      : dot_tile<In, false>(op, x, depth, first + column, out);
           } else if (columns - column >= width) {
             line_tile<In, NV, true>(op, x, depth, first + column, width, out);
-          } else if (columns - column > kLanes<T>) {
+          } else if (columns - column > 2 * kLanes<T>) {
             line_tile<In, NV, false>(op, x, depth, first + column, columns - column, out);
+          } else if (columns - column == 2 * kLanes<T>) {
+            line_tile<In, 2, true>(op, x, depth, first + column, columns - column, out);
+          } else if (columns - column > kLanes<T>) {
+            line_tile<In, 2, false>(op, x, depth, first + column, columns - column, out);
           } else {
             line_tile<In, 1, false>(op, x, depth, first + column, columns - column, out);
           }

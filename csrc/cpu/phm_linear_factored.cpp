@@ -15,6 +15,8 @@ namespace {
 
 // The packed input of a group of ranks, or of as many rows of one rank, takes at most this much of L2.
 constexpr int64_t kGroupBytes = 448 << 10;
+// Packed weights of more bytes would come back from memory.
+constexpr int64_t kFarBytes = 16 << 20;
 
 // One direction of the bilinear algorithm: results[o] = sum_r out[r,o] (F-hat_r x-hat_r), x-hat_r = sum_j in[r,j] x_j.
 // Forward in = W, out = V; for the input's gradient in = V, out = W, and F transposed.
@@ -27,6 +29,9 @@ struct Ranks {
   int64_t x_stride;
   const In* F;
   int64_t p, q, F_i, F_r, F_s;
+
+  // Entries of a column that are asked for ahead.
+  static constexpr int64_t kForeseen = 4 * kLanes<T> * kPerLane<In>;
 
   // Lanes of the summation of one rank.
   int64_t depth() const { return ceil_div(q, kPerLane<In>); }
@@ -65,6 +70,15 @@ struct Ranks {
     }
   }
 
+  // Asks for the beginning of columns [column, column + kStrip) along q, which `turn` does not foresee: each lies in a
+  // page of its own.
+  void prefetch_columns(int64_t column) const {
+    if (F_s != 1) return;
+    for (int64_t i = 0; i < n; ++i)
+      for (int64_t c = column; c < std::min<int64_t>(p, column + kStrip<T>); ++c)
+        prefetch(F + i * F_i + c * F_r, std::min<int64_t>(q, kForeseen));
+  }
+
   // F-hat_r of such lanes from all n terms, which follow each other, pairs apart.
   void combine_terms(const T* terms, int64_t r, int64_t count, T* to) const {
     const int64_t size = count * kStrip<T>;
@@ -101,7 +115,7 @@ struct Ranks {
 #pragma GCC unroll 16
       for (int64_t c = 0; c < lanes; ++c) {
         rows[c] = load_lanes(f + c * F_r);
-        __builtin_prefetch(f + c * F_r + 4 * lanes * kPerLane<In>);
+        __builtin_prefetch(f + c * F_r + kForeseen);
       }
       transpose<T>(rows);
 #pragma GCC unroll 16
@@ -313,8 +327,10 @@ void multiply_ranks(int64_t rows, const Ranks<In>& op, const Output<In>* output,
   using T = Compute<In>;
   const int64_t R = op.R, outputs = op.outputs, depth = op.depth();
   const int64_t strips = ceil_div(op.p, kStrip<T>), strip_size = R * depth * kStrip<T>;
-  // One block of rows: each packed strip is used once, at once. Several: as many strips as fit are packed for all.
-  const bool single = rows <= kBlockRows;
+  // One block of rows: each packed strip is used once, at once. Several: as many strips as fit are packed for all. A
+  // larger block, where its rows are read for each strip in less time than the packed weights once more.
+  const bool far = strips * strip_size * int64_t(sizeof(T)) > kFarBytes;
+  const bool single = rows <= kBlockRows || (far && rows <= op.p / 8);
   int64_t group = R, block_rows = std::max<int64_t>(rows, 1);
   if (!single) {
     // Whole tiles, as many blocks for each thread as for the others.
@@ -363,10 +379,11 @@ void multiply_ranks(int64_t rows, const Ranks<In>& op, const Output<In>* output,
   const int64_t piece = op.piece();
   if (single) {
     const MixedRows<In> mixed(op, block_rows, R);
-    const int64_t packers = std::min(padded, threads.count);
+    const int64_t packers = rows * R * op.inputs * op.q < kThreadStart ? 1 : std::min(padded, threads.count);
     parallel(threads, packers, [&](int64_t packer) {
       mixed.pack(padded * packer / packers, padded * (packer + 1) / packers, 0, rows, 0, R);
     });
+    const int64_t step = tile_step(rows, 4);
     std::optional<TermRanks<In>> in_place;
     if (std::is_same_v<In, T> && op.combines_lines()) in_place.emplace(op);
     parallel(threads, workers, [&](int64_t worker) {
@@ -379,12 +396,13 @@ void multiply_ranks(int64_t rows, const Ranks<In>& op, const Output<In>* output,
         const TermRanks<In>* terms_of_F = in_place && width == kStrip<T> ? &*in_place : nullptr;
         for (int64_t lane = 0; lane < depth; lane += piece) {
           const int64_t count = std::min(piece, depth - lane);
+          if (lane + count == depth) op.prefetch_columns(column + kStrip<T>);
           pack_piece(op, terms_of_F, column, width, lane, count, terms.get(), packed.get(), packed_stride,
                      [&](int64_t r, const T* b, int64_t b_stride) {
-                       for (int64_t m = 0; m < rows; m += kTileRows) {
-                         const auto multiply = b_stride == kStrip<T>
-                                                   ? tile<In, kBlockStride<T>, 1, false>(rows - m, width)
-                                                   : tile<In, kBlockStride<T>, 1, true>(rows - m, width);
+                       for (int64_t m = 0; m < rows; m += step) {
+                         const int64_t some = std::min(step, rows - m);
+                         const auto multiply = b_stride == kStrip<T> ? tile<In, kBlockStride<T>, 1, false>(some, width)
+                                                                     : tile<In, kBlockStride<T>, 1, true>(some, width);
                          multiply(count, mixed.at(r, lane / kDepth<T>, m) + lane % kDepth<T>, b, b_stride, lane == 0,
                                   products.get() + r * product_stride + m * kStrip<T>, kStrip<T>);
                        }

@@ -20,6 +20,8 @@ constexpr int kTileRows = 14;  // 28 accumulators of 32 registers
 constexpr int kTileRows = 6;  // 12 accumulators of 16 registers
 #endif
 constexpr int kTileVectors = 2;
+// The numbers of rows that tiles are compiled for.
+constexpr int kTileSizes[] = {kTileRows, (kTileRows + 2) / 2, (kTileRows + 2) / 4, (kTileRows + 2) / 8};
 
 // A tile's strip of the weight operand (depth kDepth) takes at most two thirds of a 48 KiB L1.
 template <class T>
@@ -135,11 +137,23 @@ TileFn<Compute<In>> tile_of_columns(int64_t columns) {
 
 template <class In, int row_stride, int step_stride, bool apart = false>
 TileFn<Compute<In>> tile(int64_t rows, int64_t columns) {
-  constexpr int most = (kTileRows + 2) / 2, half = most / 2;
-  if (rows > most) return tile_of_columns<In, row_stride, step_stride, apart, kTileRows>(columns);
-  if (rows > half) return tile_of_columns<In, row_stride, step_stride, apart, most>(columns);
-  if (rows > half / 2) return tile_of_columns<In, row_stride, step_stride, apart, half>(columns);
-  return tile_of_columns<In, row_stride, step_stride, apart, half / 2>(columns);
+  if (rows > kTileSizes[1]) return tile_of_columns<In, row_stride, step_stride, apart, kTileSizes[0]>(columns);
+  if (rows > kTileSizes[2]) return tile_of_columns<In, row_stride, step_stride, apart, kTileSizes[1]>(columns);
+  if (rows > kTileSizes[3]) return tile_of_columns<In, row_stride, step_stride, apart, kTileSizes[2]>(columns);
+  return tile_of_columns<In, row_stride, step_stride, apart, kTileSizes[3]>(columns);
+}
+
+// Rows of a tile, so that the tiles of `rows` take least; fewer than `busy` of them leave units idle.
+inline int64_t tile_step(int64_t rows, int64_t busy) {
+  const auto cost = [&](int64_t step) {
+    const auto of_tile = [&](int64_t some) {
+      int64_t compiled = kTileSizes[0];
+      for (const int size : kTileSizes) compiled = some <= size ? size : compiled;
+      return std::max(compiled, busy) + 1;
+    };
+    return rows / step * of_tile(step) + (rows % step ? of_tile(rows % step) : 0);
+  };
+  return cost(kTileSizes[1]) < cost(kTileSizes[0]) ? kTileSizes[1] : kTileSizes[0];
 }
 
 }  // namespace

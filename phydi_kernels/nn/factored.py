@@ -141,7 +141,7 @@ _SHAPES = 64
 class _CheckedCall(NamedTuple):
     """What calls have checked. To check it anew would be a third of the time of a small one."""
 
-    parameters: dict[str, Any]  # U, V, W, F, bias and alpha of the layer
+    parameters: tuple[Any, ...]  # of the layer: U, V, W, F, bias and alpha
     activation: str
     dtype: torch.dtype
     plans: dict[torch.Size, Plan]  # by shapes of x
@@ -151,14 +151,13 @@ class _CheckedCall(NamedTuple):
         return (
             dtype is self.dtype
             and layer.activation == self.activation
-            and all(map(operator.is_, self.parameters.values(), map(layer._parameters.get, self.parameters)))
+            and all(map(operator.is_, self.parameters, layer._parameters.values()))
         )
 
-    def covers(self, x: Tensor) -> bool:
-        """Whether ``x`` is a plain tensor of a shape seen before, on the CPU."""
-        return (
-            type(x) is Tensor and x.is_cpu and x.layout is torch.strided and not x.is_nested and x.shape in self.plans
-        )
+    def plan(self, x: Tensor) -> Plan | None:
+        """For a plain tensor of a shape seen before, on the CPU."""
+        plain = type(x) is Tensor and x.is_cpu and x.layout is torch.strided and not x.is_nested
+        return self.plans.get(x.shape) if plain else None
 
 
 class FactoredPHMLinear(FactoredLayer):
@@ -203,12 +202,13 @@ class FactoredPHMLinear(FactoredLayer):
         """As :class:`PHMLinear`; a layer with an alpha, an activation or a residual of its own takes none of them."""
         alone = residual is None and alpha is None and activation == "none"
         checked = self._checked
-        if checked is not None and alone and may_skip_dispatch() and checked.covers(x) and checked.holds(self, x.dtype):
-            U, V, W, F, bias, own_alpha = checked.parameters.values()
-            F = self._packed(F) if self.prepacked else F
-            own_residual = x if self.residual else None
-            plan = checked.plans[x.shape]
-            return cpu.phm_linear_factored(x, U, V, W, F, bias, own_residual, own_alpha, self.activation, plan)
+        if checked is not None and alone and may_skip_dispatch():
+            plan = checked.plan(x)
+            if plan is not None and checked.holds(self, x.dtype):
+                U, V, W, F, bias, own_alpha = checked.parameters
+                F = self._packed(F) if self.prepacked else F
+                own_residual = x if self.residual else None
+                return cpu.phm_linear_factored(x, U, V, W, F, bias, own_residual, own_alpha, self.activation, plan)
         *tensors, own_alpha = self._tensors()
         if not alone:
             if own_alpha is not None or self.activation != "none" or self.residual:
@@ -224,10 +224,10 @@ class FactoredPHMLinear(FactoredLayer):
         return y
 
     def _remember(self, x: Tensor, U: Tensor | None, V: Tensor, W: Tensor, F: Tensor) -> None:
-        if not all(name in self._parameters for name in self._names):
+        if tuple(self._parameters) != self._names:
             return  # a parametrization holds a tensor elsewhere
-        own = {name: self._parameters[name] for name in self._names}
-        if not all(p is None or (type(p) is Parameter and p.is_cpu) for p in own.values()):
+        own = tuple(self._parameters.values())
+        if not all(p is None or (type(p) is Parameter and p.is_cpu) for p in own):
             return
         if self._checked is None or not self._checked.holds(self, x.dtype) or len(self._checked.plans) == _SHAPES:
             self._checked = _CheckedCall(own, self.activation, x.dtype, {})

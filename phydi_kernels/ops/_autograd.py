@@ -70,7 +70,7 @@ def may_skip_dispatch() -> bool:
     """Whether only a kernel would see a call of an operator: no recording, autocast, transform, mode or tracing."""
     return not (
         torch.is_grad_enabled()
-        or torch.is_autocast_enabled("cpu")
+        or torch._C._is_any_autocast_enabled()
         or torch.compiler.is_compiling()
         or forward_ad._current_level >= 0
         or torch._C._len_torch_dispatch_stack()
