@@ -113,11 +113,12 @@ def optimize_for_inference(
               w_i A_{ikl} = \sum_{r=1}^R U_{ri} V_{rk} W_{rl}
 
     with the exact decomposition that :func:`algebra.decompose` finds for the algebra of each layer, its kron_weights w
-    included. Within a call equal algebras are decomposed once. A layer that learns U, V and W keeps them. Every
-    PHMLinear, PHYDILinear and PHConv1d/2d/3d is replaced, a shared one at all its places, by a
+    included. Within a call equal algebras are decomposed once. A layer that learns U, V and W keeps this algorithm.
+    Every PHMLinear, PHYDILinear and PHConv1d/2d/3d is replaced, a shared one at all its places, by a
     :class:`nn.factored.FactoredPHMLinear` or ``FactoredPHConv``, which need no gradients. Left as they are:
     embeddings, layers whose algebra has no algorithm with R < P*Q, subclasses, and layers with hooks or
-    parametrizations.
+    parametrizations. On the CPU a linear layer of float32 or float64 may hold T F and U T^-1 in place of F and U, with
+    an invertible T such that n of its combined weights are T F itself.
 
     The model can be saved, copied, converted, compiled and exported. It takes the state_dict of another one, optimised
     from the same architecture, where the ranks and what was folded agree.
