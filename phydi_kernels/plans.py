@@ -24,6 +24,7 @@ _REDUCE = 2.4  # the lanes of one result of stream added up
 # The same on F with its columns along p, in L2, in L3 and from memory; no lanes to add up.
 _STREAM_LINES_IN_CACHE = 0.0102
 _STREAM_LINES = 0.0122
+_STREAM_LINES_NEARLY_FAR = 0.0175
 _STREAM_LINES_FAR = 0.0293
 _READ = 0.01  # an entry of F read once
 _PACK = 0.33  # an entry of F packed
@@ -39,7 +40,7 @@ _COMBINE_TERM = 0.012  # for each term its share
 _LINE = 0.062  # both from F with its columns along p, whose lines are combined as they lie, and
 _LINE_TERM = 0.002  # for each term its share,
 LINE_TERMS = (2, 3, 4, 8)  # for these numbers of terms
-_ADD = 0.037  # a multiplication of x or y-hat with V or W, and
+_ADD = 0.04  # a multiplication of x or y-hat with V or W, and
 _ADD_GRAD = 0.05  # the same in the gradients, which pack x-hat and g-hat along the batch as well
 _GATHER = 0.08  # an entry of F-hat packed as it lies along p, lines far apart
 _RANK_SPLIT = 0.3  # an entry of F-hat's gradient, and
@@ -57,9 +58,11 @@ _LANES = 16
 _STREAM_CACHED_ENTRIES = 1 << 17
 # One core's share of L3: weights of more bytes come from memory.
 NEAR_BYTES = 8 << 20
-# Rank waits for an entry of F from there, in float32 from somewhat less on, but not for rows of float32.
-_RANK_NEAR_BYTES = 6 << 20
-_RANK_FAR = 0.12
+# Packing waits for an entry of F from there, of lines of float32 from somewhat less on, but not for rows of float32.
+_NEARLY_FAR_BYTES = 6 << 20
+_LINES_NEARLY_FAR = 0.16
+_LINES_FAR = 0.45
+_BFLOAT16_ROWS_FAR = 0.12
 _BFLOAT16_LINES_FAR = 0.04
 # Columns of a tile of stream where these lie along p.
 _STREAM_COLUMNS = 64
@@ -121,7 +124,7 @@ def _linear_costs(
     rows: int, n: int, P: int, Q: int, p: int, q: int, contiguous: bool, bfloat16: bool
 ) -> dict[Plan, float]:
     product = _PRODUCT * (_BFLOAT16_PRODUCT if bfloat16 else 1)
-    in_cache, near = n * p * q <= _STREAM_CACHED_ENTRIES, _bytes(n, p, q, bfloat16) < NEAR_BYTES
+    in_cache, size = n * p * q <= _STREAM_CACHED_ENTRIES, _bytes(n, p, q, bfloat16)
     wide_q = _padded(q)
     terms = n * p * wide_q
     blocks = rows * P
@@ -131,6 +134,8 @@ def _linear_costs(
         Plan.PANEL: P * Q * terms * (_FORM if contiguous else _FORM_TRANSPOSED)
         + rows * Q * (q * _padded(P * p) * product + wide_q * _COPY),
     }
+    if not (contiguous or bfloat16) and size >= NEAR_BYTES:
+        cost[Plan.MIX] += terms * _LINES_FAR
     if blocks * (n * q + 64) <= _STREAM_ENTRIES:
         tiles = _padded(blocks, 4) * n
         if contiguous:
@@ -139,7 +144,9 @@ def _linear_costs(
             stream_product *= _BFLOAT16_STREAM if bfloat16 else 1
             products = tiles * _padded(p, 4) * wide_q * stream_product + blocks * _padded(p, 4) * _REDUCE
         else:
-            stream_product = _STREAM_LINES_IN_CACHE if in_cache else _STREAM_LINES if near else _STREAM_LINES_FAR
+            stream_product = _STREAM_LINES_IN_CACHE if in_cache else _STREAM_LINES
+            if size >= _NEARLY_FAR_BYTES:
+                stream_product = _STREAM_LINES_NEARLY_FAR if size < NEAR_BYTES else _STREAM_LINES_FAR
             stream_product *= _BFLOAT16_STREAM_LINES if bfloat16 else 1
             products = tiles * (_padded(p, _STREAM_COLUMNS) if p > _LANES else _LANES) * q * stream_product
         cost[Plan.STREAM] = terms * _READ + products + mixing
@@ -185,12 +192,11 @@ def _linear_factored_costs(
         packing += R * entries * (_COMBINE + n * _COMBINE_TERM) if combines else 0
     if bfloat16:
         packing *= _BFLOAT16_PACK
-    if bfloat16:
-        near, wait = NEAR_BYTES, _RANK_FAR if contiguous else _BFLOAT16_LINES_FAR
-    else:
-        near, wait = _RANK_NEAR_BYTES, 0.0 if contiguous else _RANK_FAR
-    if _bytes(n, p, q, bfloat16) >= near:
-        packing += n * entries * wait
+    size = _bytes(n, p, q, bfloat16)
+    if bfloat16 and size >= NEAR_BYTES:
+        packing += n * entries * (_BFLOAT16_ROWS_FAR if contiguous else _BFLOAT16_LINES_FAR)
+    elif not bfloat16 and not contiguous and size >= _NEARLY_FAR_BYTES:
+        packing += n * entries * (_LINES_NEARLY_FAR if size < NEAR_BYTES else _LINES_FAR)
     additions = rows * R * (wide_q * Q + _padded(p) * P) * _ADD
     cost = _linear_costs(rows, n, P, Q, p, q, contiguous, bfloat16)
     cost[Plan.RANK] = packing + _products(rows, p, q, R, bfloat16) + additions
