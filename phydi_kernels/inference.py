@@ -381,11 +381,11 @@ def _factored(
 
 
 def _as_terms(U: Tensor, V: Tensor, W: Tensor, F: Parameter) -> tuple[Tensor, Parameter]:
-    """(U', F') with F'_i the F-hat_r of n ranks r, and U F = U' F': these n need no combination at a call.
+    """(U', F') with U' F' = U F and F'_i the F-hat_r of n ranks r, which need no combination at a call.
 
-    Of the n x n submatrices of U one of largest volume, so that no entry of U' exceeds 1 by much; as it was where the
-    rounding of F' would more than double the error bound. Of 16 bits it would be rounded twice, and beside each other
-    the weights of all outputs must lie.
+    These ranks are the rows of an n x n submatrix of U whose volume no exchange of a row increases by 1 %, so that the
+    entries of U' are at most 1.01. (U, F) where F' would be rounded twice, of 16 bits, or its rounding would more than
+    double the error bound; and where F is not in the order in which the kernels read its terms as they lie.
     """
     n = len(F)
     if F.dtype != compute_dtype(F.dtype) or F.is_contiguous() or n not in plans.LINE_TERMS:
@@ -396,22 +396,22 @@ def _as_terms(U: Tensor, V: Tensor, W: Tensor, F: Parameter) -> tuple[Tensor, Pa
     while True:
         combined = torch.linalg.solve(U[rows], U, left=False)
         largest = int(combined.abs().argmax())
-        if combined.flatten()[largest].abs() < 1.01:
+        if not combined.flatten()[largest].abs() > 1.01:
             break
         rows[largest % n] = largest // n
     combined[rows] = torch.eye(n, dtype=U.dtype)
     of_products, norms = V.norm(dim=1) * W.norm(dim=1), U.norm(dim=1)
-    if of_products @ (combined.abs() @ norms[rows]) > 2 * of_products @ norms:
+    if not of_products @ (combined.abs() @ norms[rows]) <= 2 * of_products @ norms:
         return U, F
     terms = torch.einsum("si,iqp->sqp", U[rows], F.mT.double()).to(F.dtype)
     return combined, Parameter(terms.mT, requires_grad=False)
 
 
 def _in_fast_order(F: Tensor, layer: Layer) -> Tensor:
-    """F with the weights of all outputs beside each other where the CPU kernels combine them so.
+    """F with the weights of all outputs beside each other in memory, where the CPU kernels combine them so.
 
-    Left as it is in a linear layer from the size on at which it comes from memory at each call, which its own order is
-    faster to read, and in a convolution that the direct plan does not serve.
+    Not in a linear layer of so many bytes that they come from memory at each call, which is faster in their own order,
+    nor in a convolution that the direct plan does not serve.
     """
     if not F.is_cpu:
         return F

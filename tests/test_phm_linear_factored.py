@@ -15,7 +15,7 @@ from helpers import DTYPES, LAYOUTS, assert_exact, dtype_id, evaluate, normal, t
 from op_cases import CASES, FACTORED_PROBLEMS, factored, linear
 from op_checks import ALGEBRA, STRUCTURES, FactoredChecks, absolute, decomposed, double, draw, force_plan
 
-from phydi_kernels import functional
+from phydi_kernels import functional, reference
 from phydi_kernels.plans import LINEAR_PLANS, Plan
 
 CASE = CASES["phm_linear_factored"]
@@ -110,6 +110,19 @@ def test_every_plan_takes_every_layout(problem, plan, layout, monkeypatch):
         grad = layout(ternary(problem.shapes["residual"], 99).to(dtype))
         expected = evaluate(CASE.dense, double(tensors), {}, TestPlans.wanted, grad.double())
         assert_exact(_run(tensors, {}, grad, TestPlans.wanted), expected, dtype)
+
+
+@pytest.mark.usefixtures("library")
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=dtype_id)
+@pytest.mark.parametrize("rows", (112, 113, 128, 129))
+def test_one_block_of_many_rows(rows, dtype, monkeypatch):
+    """Packed weights of more than 16 MiB are used at once for p/8 rows, as for few."""
+    force_plan(monkeypatch, Plan.RANK)
+    R, n, p, q = 3, 2, 1024, 3000
+    shapes = {"x": (rows, 2 * q), "U": (R, n), "V": (R, 2), "W": (R, 2), "F": (n, p, q), "residual": (rows, 2 * p)}
+    tensors = {name: ternary(shape, seed).to(dtype) for seed, (name, shape) in enumerate(shapes.items())}
+    expected = reference.phm_linear_factored(**double(tensors), bias=None, alpha=None, activation="none")
+    assert_exact({"y": functional.phm_linear_factored(**tensors)}, {"y": expected}, dtype)
 
 
 def before_guard_page(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

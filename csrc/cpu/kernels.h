@@ -30,6 +30,9 @@ enum class Kernel {
   chi2
 };
 
+// The numbers of terms whose lines stay in registers while they are combined; those of phydi_kernels.plans.LINE_TERMS.
+static constexpr bool combines_lines_of(int64_t n) { return n == 2 || n == 3 || n == 4 || n == 8; }
+
 using Task = void (*)(void* context, int64_t index);
 
 // Runs task(context, 0 ... count - 1) on torch's threads.
@@ -126,7 +129,7 @@ struct ChannelEpilogue {
   /* y_k[m,s] = sum_r V[r,k] parts_r[m,s], parts contiguous, and the epilogue; y is written. */                        \
   void post_add(DType, const Image& y, void* const* parts, const Matrix& V, const ChannelEpilogue&, const Threads&);   \
   /* y_k = sum_r V[r,k] conv(sum_l W[r,l] x_l, F-hat_r) and the epilogue. F is F-hat (R, p, q, taps) where U.data is   \
-     null, else (n, taps, q, p) with F-hat_r = sum_i U[r,i] F_i for the n of combines_lines; both contiguous. The      \
+     null, else (n, taps, q, p) with F-hat_r = sum_i U[r,i] F_i for the n of combines_lines_of; both contiguous. The   \
      lanes of q and the stride along the width are bounded; see ops.cpp. */                                            \
   void phc_conv_factored(DType, const Image& x, const Image& y, const Matrix& W, const Matrix& V, const void* F,       \
                          const Matrix& U, const Window&, const ChannelEpilogue&, const Threads&);                      \

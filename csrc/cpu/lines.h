@@ -7,10 +7,7 @@
 namespace phydi {
 namespace {
 
-// The numbers of terms whose vectors stay in registers.
-inline bool combines_lines_of(int64_t n) { return n == 2 || n == 3 || n == 4 || n == 8; }
-
-// F[i, c, s] at F + i * F_i + s * F_s + c, s < q; U (R, n).
+// F[i, c, s] at F + i * F_i + s * F_s + c, s < q; U (R, n), n as combines_lines_of says.
 template <class In>
 struct Lines {
   using T = Compute<In>;

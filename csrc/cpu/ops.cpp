@@ -547,8 +547,7 @@ void phc_conv_factored(Tensor y, Tensor x, Tensor W, Tensor V, Tensor F, std::op
   check_numel(F, x, (U ? terms.columns : before.rows) * p * q * w.kernel[0] * w.kernel[1]);
   STD_TORCH_CHECK(F.is_contiguous() && after.rows == before.rows && terms.rows == before.rows,
                   "phydi_cpu: U, V and W must have R terms, and F be contiguous");
-  STD_TORCH_CHECK(!U || terms.columns == 2 || terms.columns == 3 || terms.columns == 4 || terms.columns == 8,
-                  "phydi_cpu: lines of 2, 3, 4 or 8 terms are combined");
+  STD_TORCH_CHECK(!U || combines_lines_of(terms.columns), "phydi_cpu: lines of 2, 3, 4 or 8 terms are combined");
   STD_TORCH_CHECK((w.stride[1] == 1 || w.stride[1] == 2 || w.stride[1] == 4) && q * w.stride[1] <= 128,
                   "phydi_cpu: blocks too wide for the direct convolution");
   const ChannelEpilogueTensors e(bias, residual, alpha, relu, y, to.channels);

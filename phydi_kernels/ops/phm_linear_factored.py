@@ -24,6 +24,7 @@ from ._family import (
 
 
 def plan_on_cpu(x: Tensor, U: Tensor | None, V: Tensor, W: Tensor, F: Tensor) -> Plan:
+    """The plan of a call; it depends on sizes, strides and the type alone."""
     R, P = V.shape
     n, p, q = F.shape
     Q = W.shape[1]
