@@ -411,15 +411,14 @@ def _in_fast_order(F: Tensor, layer: Layer) -> Tensor:
     """F with the weights of all outputs beside each other in memory, where the CPU kernels combine them so.
 
     Not in a linear layer of so many bytes that they come from memory at each call, which is faster in their own order,
-    nor in a convolution that the direct plan does not serve.
+    nor in a convolution that the direct plan does not serve, or of a number of terms for which it would copy F back.
     """
-    if not F.is_cpu:
-        return F
-    if isinstance(layer, PHMLinear | PHYDILinear):
-        return F if F.nbytes >= plans.NEAR_BYTES else F.transpose(1, 2).contiguous().transpose(1, 2)
-    if F[0, 0, 0].numel() == 1 or not plans.fits_direct(len(layer.stride), layer.stride[-1], F.shape[2]):
-        return F
-    return side_by_side(F)
+    if isinstance(layer, Conv):
+        combined = F[0, 0, 0].numel() > 1 and len(F) in plans.LINE_TERMS
+        combined = combined and plans.fits_direct(len(layer.stride), layer.stride[-1], F.shape[2])
+    else:
+        combined = F.nbytes < plans.NEAR_BYTES
+    return side_by_side(F) if F.is_cpu and combined else F
 
 
 def _row(layer: LayerReport) -> tuple[str, ...]:

@@ -302,7 +302,7 @@ def _conv_factored_costs(
     cost = {Plan.RANK: R * (product * _CONV_PRODUCT * _narrow(p, q) + weights * _TERM_FORM + _TERM_CALL)}
     cost[Plan.RANK] += added * (_TERM_ADD_BFLOAT16 if bfloat16 else _TERM_ADD)
     stride, width = row or (0, 1)
-    if row and fits_direct(2, stride, q):
+    if fits_direct(2, stride, q):
         idle = max(1.0, _DIRECT_PIXELS / width)
         cost[Plan.DIRECT] = R * (outputs * _padded(p) * q * taps * idle * _DIRECT_PRODUCT + weights * _DIRECT_FORM)
         cost[Plan.DIRECT] += added * (_DIRECT_ADD_BFLOAT16 if bfloat16 else _DIRECT_ADD)

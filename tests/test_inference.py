@@ -493,9 +493,10 @@ def test_weights_lie_as_the_kernels_combine_them():
     model = nn.Sequential(PHMLinear(16, 12, 4), PHYDILinear(12, 2))
     convs = (PHConv1d(8, 12, 3, 4), PHConv2d(8, 12, (3, 2), 4), PHConv2d(8, 12, 3, 4, stride=(1, 3)))
     convs += (PHConv2d(8, 12, 1, 4), PHConv2d(516, 12, 3, 4), PHConv3d(8, 12, 3, 4))
+    convs += (PHConv2d(15, 10, 3, 5, algebra_rank=9),)
     for layer in quiet(model.eval()):
         assert layer.F.mT.is_contiguous()
-    for conv, moved in zip(convs, (True, True, False, False, False, False), strict=True):
+    for conv, moved in zip(convs, (True, True, False, False, False, False, False), strict=True):
         F = quiet(conv.eval()).F
         assert F.is_contiguous() != moved
         assert F.movedim((1, 2), (-1, -2)).is_contiguous() == moved

@@ -121,7 +121,7 @@ def _in_lines(F: Tensor) -> Tensor:
 
 
 def side_by_side(F: Tensor) -> Tensor:
-    """F with the weights of all outputs beside each other in memory, as the direct plan combines them."""
+    """F with the weights of all outputs beside each other in memory; F (n, p, q) of a linear layer as well."""
     return _in_lines(F).contiguous().movedim((-1, -2), (1, 2))
 
 
