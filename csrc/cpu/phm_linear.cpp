@@ -77,41 +77,38 @@ void multiply(int64_t batch, const Linear<In>& op, const Epilogue& epilogue, con
 // rows; out is row-major with row stride kStreamColumns.
 constexpr int64_t kStreamColumns = 64;
 
-// F with unit stride along s: kDotColumns columns, lanes along s, one reduction of all accumulators at the end.
+// F with unit stride along s: kDotColumns columns, lanes along s, one reduction of all accumulators at the end. The
+// lanes of a term of x are padded to whole vectors.
 // `ahead`: F comes from memory; a piece of it lies in other pages than the one before, where no stream is foreseen.
 template <class In, bool ahead>
 void dot_tile(const Linear<In>& op, const Compute<In>* x, int64_t depth, int64_t column, Compute<In>* out) {
   using T = Compute<In>;
-  constexpr int lanes = kLanes<T>, cells = kDotRows * kDotColumns;
+  constexpr int lanes = kLanes<T>, entries = lanes * kPerLane<In>, cells = kDotRows * kDotColumns;
   Vec<T> acc[cells] = {};
-  for (int64_t i = 0; i < op.n; ++i, x += op.q) {
+  for (int64_t i = 0; i < op.n; ++i) {
     const In* f[kDotColumns];
 #pragma GCC unroll 4
     for (int64_t c = 0; c < kDotColumns; ++c) f[c] = op.F + i * op.F_i + std::min(column + c, op.p - 1) * op.F_r;
     const int64_t next = i + 1 < op.n ? op.F_i : kDotColumns * op.F_r - i * op.F_i;
     int64_t s = 0;
-    for (; s + lanes <= op.q; s += lanes) {
+    const auto step = [&](const auto& weights) __attribute__((always_inline)) {
       Vec<T> xs[kDotRows];
 #pragma GCC unroll 4
-      for (int m = 0; m < kDotRows; ++m) xs[m] = load(x + m * depth + s);
+      for (int m = 0; m < kDotRows; ++m) xs[m] = load(x + m * depth);
 #pragma GCC unroll 4
       for (int c = 0; c < kDotColumns; ++c) {
-        const Vec<T> w = load(f[c] + s);
-        if constexpr (ahead) __builtin_prefetch(f[c] + s + next);
+        const Vec<T> w = weights(f[c] + s);
 #pragma GCC unroll 4
-        for (int m = 0; m < kDotRows; ++m) acc[m * kDotColumns + c] += xs[m] * w;
+        for (int m = 0; m < kDotRows; ++m) multiply_add<In>(acc[m * kDotColumns + c], xs[m], w);
       }
-    }
-    if (s == op.q) continue;
-    Vec<T> xs[kDotRows];
-#pragma GCC unroll 4
-    for (int m = 0; m < kDotRows; ++m) xs[m] = load_some(x + m * depth + s, op.q - s);
-#pragma GCC unroll 4
-    for (int c = 0; c < kDotColumns; ++c) {
-      const Vec<T> w = load_some(f[c] + s, op.q - s);
-#pragma GCC unroll 4
-      for (int m = 0; m < kDotRows; ++m) acc[m * kDotColumns + c] += xs[m] * w;
-    }
+      x += lanes;
+    };
+    for (; s + entries <= op.q; s += entries)
+      step([next](const In* w) {
+        if constexpr (ahead) __builtin_prefetch(w + next);
+        return load_lanes(w);
+      });
+    if (s < op.q) step([some = op.q - s](const In* w) { return load_some_lanes(w, some); });
   }
   T sums[cells];
   if constexpr (cells % lanes == 0) {
@@ -153,11 +150,13 @@ void line_tile(const Linear<In>& op, const Compute<In>* x, int64_t depth, int64_
     for (int v = 0; v < NV; ++v) store(out + m * kStreamColumns + v * lanes, acc[m][v]);
 }
 
-template <class In>
+// `dots`: F has unit stride along s.
+template <class In, bool dots>
 void stream(int64_t batch, const Linear<In>& op, const Epilogue& epilogue, const Threads& threads) {
   using T = Compute<In>;
+  using X = std::conditional_t<dots, Entry<In>, T>;
   const int64_t rows = batch * op.P;
-  const int64_t depth = op.n * op.q;
+  const int64_t term = dots ? round_up(op.lanes_of_segment(), kLanes<T>) : op.q, depth = op.n * term;
   const int64_t padded_rows = round_up(rows, kDotRows);
   const Output<In> output{epilogue, op.P, op.p};
 
@@ -165,9 +164,12 @@ void stream(int64_t batch, const Linear<In>& op, const Epilogue& epilogue, const
   const int64_t mixers = rows * depth * op.Q < kThreadStart ? 1 : std::min(padded_rows, threads.count);
   parallel(threads, mixers, [&](int64_t mixer) {
     for (int64_t row = padded_rows * mixer / mixers; row < padded_rows * (mixer + 1) / mixers; ++row) {
-      T* to = mixed.get() + row * depth;
-      if (row >= rows) std::fill(to, to + depth, T(0));
-      for (int64_t i = 0; i < op.n && row < rows; ++i) op.mix(row, i, 0, op.q, to + i * op.q);
+      for (int64_t i = 0; i < op.n; ++i) {
+        T* to = mixed.get() + row * depth + i * term;
+        X* entries = reinterpret_cast<X*>(to);
+        if (row < rows) op.mix(row, i, 0, op.q, entries);
+        std::fill(row < rows ? entries + op.q : entries, reinterpret_cast<X*>(to + term), X{});
+      }
     }
   });
 
@@ -181,11 +183,11 @@ void stream(int64_t batch, const Linear<In>& op, const Epilogue& epilogue, const
     const Scratch<T> results(padded_rows * kStreamColumns);
     for (int64_t chunk = chunks * task / tasks; chunk < chunks * (task + 1) / tasks; ++chunk) {
       const int64_t first = chunk * kStreamColumns, columns = std::min(kStreamColumns, op.p - first);
-      for (int64_t column = 0; column < columns; column += op.F_s == 1 ? kDotColumns : width) {
+      for (int64_t column = 0; column < columns; column += dots ? kDotColumns : width) {
         for (int64_t row = 0; row < padded_rows; row += kDotRows) {
           const T* x = mixed.get() + row * depth;
           T* out = results.get() + row * kStreamColumns + column;
-          if (op.F_s == 1) {
+          if constexpr (dots) {
             row == 0 ? dot_tile<In, true>(op, x, depth, first + column, out)
                      : dot_tile<In, false>(op, x, depth, first + column, out);
           } else if (columns - column >= width) {
@@ -213,7 +215,8 @@ void run(Plan plan, int64_t rows, Rows x, const Algebra& A, const Weights& F, co
   const Linear<In> op(x, A, F);
   switch (plan) {
     case Plan::stream:
-      return stream<In>(rows, op, epilogue, threads);
+      return op.F_s == 1 ? stream<In, true>(rows, op, epilogue, threads)
+                         : stream<In, false>(rows, op, epilogue, threads);
     case Plan::mix:
       return multiply<In, false>(rows, op, epilogue, threads);
     case Plan::panel:

@@ -146,27 +146,6 @@ struct Ranks {
       return load_some(f, width);
     }
   }
-
-  // kLanes lanes of one column, pairs as they lie.
-  static Vec<T> load_lanes(const In* f) {
-    if constexpr (kPerLane<In> == 2) {
-      Vec<T> pairs;
-      memcpy(&pairs, f, sizeof pairs);
-      return pairs;
-    } else {
-      return load(f);
-    }
-  }
-
-  static Vec<T> load_some_lanes(const In* f, int64_t steps) {
-    if constexpr (kPerLane<In> == 2) {
-      In padded[2 * kLanes<T>] = {};
-      memcpy(padded, f, size_t(std::min<int64_t>(steps, 2 * kLanes<T>)) * sizeof(In));
-      return load_lanes(padded);
-    } else {
-      return load_some(f, steps);
-    }
-  }
 };
 
 // The ranks whose F-hat_r is a term of F, by a unit row of U, and the others.

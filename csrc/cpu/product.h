@@ -58,6 +58,31 @@ inline Vec<Compute<In>> packed(const Compute<In> (&line)[kPerLane<In>][kLanes<Co
   }
 }
 
+// A vector of an operand that is not packed, its kPerLane * kLanes entries as they lie.
+template <class In>
+inline Vec<Compute<In>> load_lanes(const In* entries) {
+  if constexpr (kPerLane<In> == 2) {
+    Vec<Compute<In>> pairs;
+    memcpy(&pairs, entries, sizeof pairs);
+    return pairs;
+  } else {
+    return load(entries);
+  }
+}
+
+// The same of the first `count` of them; the others are zero.
+template <class In>
+inline Vec<Compute<In>> load_some_lanes(const In* entries, int64_t count) {
+  if constexpr (kPerLane<In> == 2) {
+    constexpr int64_t all = kPerLane<In> * kLanes<Compute<In>>;
+    In padded[all] = {};
+    memcpy(padded, entries, size_t(std::min(count, all)) * sizeof(In));
+    return load_lanes(padded);
+  } else {
+    return load_some(entries, count);
+  }
+}
+
 template <class In>
 inline Vec<Compute<In>> broadcast(const Compute<In>* a) {
 #if defined(__AVX512BF16__)
