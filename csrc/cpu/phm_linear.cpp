@@ -136,6 +136,8 @@ void line_tile(const Linear<In>& op, const Compute<In>* x, int64_t depth, int64_
 #pragma GCC unroll 4
       for (int v = 0; v < NV; ++v)
         w[v] = whole ? load(f + v * lanes) : load_some(f + v * lanes, std::max<int64_t>(columns - v * lanes, 0));
+      // One or two cache lines of each, in a page of its own: the processor foresees none of them.
+      if constexpr (kVectorBytes < 64) prefetch(f + 24 * op.F_s, NV * lanes);
 #pragma GCC unroll 4
       for (int m = 0; m < kDotRows; ++m) {
         const Vec<T> xm = splat(x[m * depth + s]);
