@@ -309,7 +309,7 @@ void multiply_ranks(int64_t rows, const Ranks<In>& op, const Output<In>* output,
   // One block of rows: each packed strip is used once, at once. Several: as many strips as fit are packed for all. A
   // larger block, where its rows are read for each strip in less time than the packed weights once more.
   const bool far = strips * strip_size * int64_t(sizeof(T)) > kFarBytes;
-  const bool single = rows <= kBlockRows || (far && rows <= op.p / 8);
+  const bool single = rows <= kBlockRows || (far && rows <= op.p * kPerLane<In> / 8);
   int64_t group = R, block_rows = std::max<int64_t>(rows, 1);
   if (!single) {
     // Whole tiles, as many blocks for each thread as for the others.
