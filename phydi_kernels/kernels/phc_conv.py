@@ -8,7 +8,8 @@
   pixels of a channels_last image are taken as they lie, but with a stride copied whole. Those of planes are copied some
   images at a time, but whole (x, grad and dx) where all gradients are computed at once.
 
-float16 is computed in float32; bfloat16 goes to torch's convolution as it is (float32 accumulation).
+float16 is computed in float32. bfloat16 goes to torch's convolution as it is where oneDNN has one, which adds up in
+float32; elsewhere torch adds up in bfloat16, and it is computed in float32 as well.
 """
 
 from __future__ import annotations
@@ -40,8 +41,14 @@ def memory_format(x: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
+def _uses_mkldnn() -> bool:
+    return torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+
+
 def to_work_dtype(*tensors: Tensor | None) -> list[Any]:
-    return [t.float() if t is not None and t.dtype == torch.float16 else t for t in tensors]
+    bfloat16 = _uses_mkldnn() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    widened = (torch.float16,) if bfloat16 else (torch.float16, torch.bfloat16)
+    return [t.float() if t is not None and t.dtype in widened else t for t in tensors]
 
 
 def planar(sizes: Sequence[int], fill: int) -> list[int]:
@@ -58,8 +65,7 @@ def planar_geometry(
 def convolution(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int], padding: list[int], dilation: list[int]
 ) -> Tensor:
-    mkldnn = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
-    if mkldnn and x.dtype == torch.float32:
+    if _uses_mkldnn() and x.dtype == torch.float32:
         # aten.convolution takes another, slower way for few images; but it copies a strided bias, misread here.
         bias = None if bias is None else bias.contiguous()
         stride, padding, dilation = planar_geometry(stride, padding, dilation)

@@ -9,7 +9,8 @@ With x-hat_r = sum_l W[r,l] x_l and F-hat_r = sum_i U[r,i] F_i, output block k i
   input's gradient is the same with the filters reversed, where the stride is 1.
 * mix, panel: those of phc_conv with A[i,k,l] = sum_r U[r,i] V[r,k] W[r,l], where the additions would cost more.
 
-float16 is computed in float32. In bfloat16, x-hat and F-hat are rounded to bfloat16, and by the rank plan y-hat.
+float16 is computed in float32, and bfloat16 where phc_conv does so. Else in bfloat16 x-hat and F-hat are rounded to
+bfloat16, and by the rank plan y-hat.
 """
 
 from __future__ import annotations
