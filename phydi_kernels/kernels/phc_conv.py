@@ -42,7 +42,7 @@ def memory_format(x: Tensor) -> torch.memory_format:
 
 
 def _uses_mkldnn() -> bool:
-    return torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+    return torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
 
 
 def to_work_dtype(*tensors: Tensor | None) -> list[Any]:
