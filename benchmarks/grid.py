@@ -1,7 +1,8 @@
 """The grid: rank-R linear layers of 256 to 4096 features against nn.Linear, for batches from 1 to 4096 and each plan.
 
 ``python benchmarks/grid.py`` measures it, in about a quarter of an hour, and writes results/grid.json;
-``--summary`` prints what that file holds, ``--markdown`` the README's table, ``--write README.md`` puts it there.
+results/grid_avx2.json is another machine's, to batch 128. ``--summary`` prints what stands out in both or ``--file``,
+``--markdown`` the README's tables, ``--write README.md`` puts them there.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from phydi_kernels.nn.factored import FactoredPHMLinear
 from phydi_kernels.plans import LINEAR_PLANS, Plan
 
 RESULTS = Path(__file__).resolve().parent / "results" / "grid.json"
+RECORDED = (RESULTS, RESULTS.with_name("grid_avx2.json"))
 TERMS = (2, 4, 8)
 FEATURES = (256, 512, 1024, 2048, 4096)
 BATCHES = tuple(2**k for k in range(13))
@@ -50,8 +52,8 @@ ALLOWED = 1.15
 ALLOWED_SECONDS = 2e-6
 
 
-def chosen_plan(row: Mapping[str, Any], prepacked: bool) -> str:
-    """The plan of :mod:`phydi_kernels.plans` for a row."""
+def chosen_plan(row: Mapping[str, Any], prepacked: bool, isa: str) -> str:
+    """The plan of :mod:`phydi_kernels.plans` for a row, measured with the instruction set ``isa``."""
     n, rank, block = row["n"], row["rank"], row["features"] // row["n"]
     terms = rank if prepacked else n
     plan = plans.phm_linear_factored(
@@ -65,6 +67,7 @@ def chosen_plan(row: Mapping[str, Any], prepacked: bool) -> str:
         contiguous=not prepacked and n * block**2 * DTYPES[row["dtype"]].itemsize >= plans.NEAR_BYTES,
         combines=not prepacked,
         bfloat16=row["dtype"] == "bfloat16",
+        isa=isa,
     )
     return plan.name.lower()
 
@@ -76,16 +79,16 @@ def plan_ratios(row: Mapping[str, Any], prepacked: bool) -> dict[str, float]:
     return {plan: row["ratio"][name] for plan, name in names.items() if name in row["ratio"]}
 
 
-def regret(row: Mapping[str, Any], prepacked: bool) -> float:
+def regret(row: Mapping[str, Any], prepacked: bool, isa: str) -> float:
     """The time of the chosen plan over that of the best one."""
     ratios = plan_ratios(row, prepacked)
-    return ratios[chosen_plan(row, prepacked)] / min(ratios.values())
+    return ratios[chosen_plan(row, prepacked, isa)] / min(ratios.values())
 
 
-def is_behind(row: Mapping[str, Any], prepacked: bool) -> bool:
+def is_behind(row: Mapping[str, Any], prepacked: bool, isa: str) -> bool:
     """Whether the chosen plan takes longer than it may."""
     best = min(plan_ratios(row, prepacked).values())
-    behind = regret(row, prepacked)
+    behind = regret(row, prepacked, isa)
     return behind > ALLOWED and (behind - 1) * best * row["dense_seconds"] > ALLOWED_SECONDS
 
 
@@ -193,7 +196,8 @@ def ranges(rows: Sequence[Mapping[str, Any]]) -> str:
 def markdown(results: Mapping[str, Any]) -> str:
     """The README's table: the range of ours/dense, at one thread."""
     rows = [row for row in results["rows"] if row["threads"] == 1]
-    lines = ["| ours / nn.Linear, batch 1 to 4096 | float32 | bfloat16 |", "|---|--:|--:|"]
+    title = f"ours / nn.Linear, batch 1 to {max(row['batch'] for row in rows)}, {results['machine']['instruction_set']}"
+    lines = [f"| {title} | float32 | bfloat16 |", "|---|--:|--:|"]
     for n in sorted({row["n"] for row in rows}):
         for name, wide in (("1024 features and more", True), ("256 and 512 features", False)):
             some = [row for row in rows if row["n"] == n and (row["features"] >= 1024) is wide]
@@ -205,7 +209,7 @@ def markdown(results: Mapping[str, Any]) -> str:
 def summary(results: Mapping[str, Any]) -> str:
     """Points that are slower than they should be: than dense, with two threads than with one, than the best plan."""
     alone = {_key(row): row for row in results["rows"] if row["threads"] == 1}
-    lines = [report.machine_line(results)]
+    lines, isa = [report.machine_line(results)], results["machine"]["instruction_set"]
     for row in results["rows"]:
         limit = 1.0 if row["features"] >= 1024 else 1.3
         if row["ratio"]["ours"] > limit:
@@ -214,9 +218,9 @@ def summary(results: Mapping[str, Any]) -> str:
             lines.append(f"{alone[_key(row)]['ratio']['ours']:.2f} with one thread: {line(row)}")
     for row in alone.values():
         for prepacked in (False, True):
-            if is_behind(row, prepacked):
-                plan = ("prepacked " if prepacked else "") + chosen_plan(row, prepacked)
-                lines.append(f"{plan} takes {regret(row, prepacked):.2f} times the best plan: {line(row)}")
+            if is_behind(row, prepacked, isa):
+                plan = ("prepacked " if prepacked else "") + chosen_plan(row, prepacked, isa)
+                lines.append(f"{plan} takes {regret(row, prepacked, isa):.2f} times the best plan: {line(row)}")
     return "\n".join(lines)
 
 
@@ -226,10 +230,10 @@ def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--file", type=Path, default=RESULTS, help="results file (default: results/grid.json)")
-    parser.add_argument("--summary", action="store_true", help="print what stands out in the results file")
-    parser.add_argument("--markdown", action="store_true", help="print the README's table of the results file")
-    parser.add_argument("--write", type=Path, metavar="README", help="put the README's table into this file")
+    parser.add_argument("--file", type=Path, help="results file (default: results/grid.json; of both, to print)")
+    parser.add_argument("--summary", action="store_true", help="print what stands out in the results")
+    parser.add_argument("--markdown", action="store_true", help="print the README's tables of the results")
+    parser.add_argument("--write", type=Path, metavar="README", help="put the README's tables into this file")
     parser.add_argument(
         "--seconds", type=float, default=SECONDS_PER_POINT, help="for each point (default: %(default)s)"
     )
@@ -238,18 +242,19 @@ def main() -> None:
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES), help="measure only these")
     args = parser.parse_args()
     if args.summary or args.markdown or args.write:
-        results = json.loads(args.file.read_text(encoding="utf-8"))
+        recorded = [json.loads(path.read_text(encoding="utf-8")) for path in ([args.file] if args.file else RECORDED)]
+        printed = "\n\n".join(map(summary if args.summary else markdown, recorded))
         if args.write:
-            report.write_into(args.write, "python benchmarks/grid.py --markdown", markdown(results))
+            report.write_into(args.write, "python benchmarks/grid.py --markdown", printed)
         else:
-            print((markdown if args.markdown else summary)(results))
+            print(printed)
         return
     rows = []
     with torch.no_grad():
         for row in measure(args):
             print(line(row), flush=True)
             rows.append(row)
-    report.save({"machine": report.machine(torch.device("cpu")), "rows": rows}, args.file)
+    report.save({"machine": report.machine(torch.device("cpu")), "rows": rows}, args.file or RESULTS)
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ def machine(device: torch.device) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "instruction_set": torch.ops.phydi_cpu.isa() if cpu.available() else "no compiled library",
+        "instruction_set": cpu.isa() if cpu.available() else "no compiled library",
         "torch": torch.__version__,
         "phydi_kernels": phydi_kernels.__version__,
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),

@@ -48,7 +48,7 @@ def implementation(op: str, device_type: str, dtype: torch.dtype = torch.float32
         return "Triton"
     if device_type != "cpu":
         return _REFERENCE
-    return "reference (library not loaded)" if cpu.load() else f"C++ {torch.ops.phydi_cpu.isa()}"
+    return "reference (library not loaded)" if cpu.load() else f"C++ {cpu.isa()}"
 
 
 def collect() -> dict[str, Any]:
@@ -66,7 +66,7 @@ def collect() -> dict[str, Any]:
             "path": str(cpu.LIBRARY),
             "loaded": not reason,
             "reason": reason,
-            "instruction_set": None if reason else torch.ops.phydi_cpu.isa(),
+            "instruction_set": None if reason else cpu.isa(),
         },
         "triton": _triton(),
         "build": build_info(),

@@ -1,4 +1,4 @@
-"""Which plan computes a call: a pure function of shapes and types, no timing at run time.
+"""Which plan computes a call: a pure function of shapes, types and instruction set, no timing at run time.
 
 With x seen as Q blocks of q features and y as P blocks of p features, y_k = sum_{i,l} A[i,k,l] F_i x_l:
 
@@ -14,60 +14,166 @@ With x seen as Q blocks of q features and y as P blocks of p features, y_k = sum
 from __future__ import annotations
 
 import enum
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
-# Nanoseconds an entry, float32 on one AVX-512 core (Zen 5); only their ratios matter.
-_PRODUCT = 0.0107  # a multiplication in a packed product
-_STREAM_PRODUCT = 0.0132  # the same on F as it lies, and
-_STREAM_PRODUCT_IN_CACHE = 0.009  # where it stays in L2
-_REDUCE = 2.4  # the lanes of one result of stream added up
-# The same on F with its columns along p, in L2, in L3 and from memory; no lanes to add up.
-_STREAM_LINES_IN_CACHE = 0.0102
-_STREAM_LINES = 0.0122
-_STREAM_LINES_NEARLY_FAR = 0.0175
-_STREAM_LINES_FAR = 0.0293
-_READ = 0.01  # an entry of F read once
-_PACK = 0.33  # an entry of F packed
-_FORM = 0.2  # one term of an entry of H formed and packed, with F's rows along q to be transposed
-_FORM_TRANSPOSED = 0.2  # the same with F's columns along p, lines far apart
-_MIX = 0.04  # one multiplication of the algebra with the input
-_COPY = 0.08  # an entry of the input packed as it is
-_STREAM_UPDATE = 0.1  # a multiplication of both weight gradients, both factors in cache
-_STREAM_ALGEBRA = 0.2  # a multiplication of dA's sum
-_TURN = 0.08  # an entry of F packed for the R products,
-_COMBINE = 0.042  # an entry of F-hat written, and
-_COMBINE_TERM = 0.012  # for each term its share
-_LINE = 0.062  # both from F with its columns along p, whose lines are combined as they lie, and
-_LINE_TERM = 0.002  # for each term its share,
-LINE_TERMS = (2, 3, 4, 8)  # for these numbers of terms
-_ADD = 0.04  # a multiplication of x or y-hat with V or W, and
-_ADD_GRAD = 0.05  # the same in the gradients, which pack x-hat and g-hat along the batch as well
-_GATHER = 0.08  # an entry of F-hat packed as it lies along p, lines far apart
-_RANK_SPLIT = 0.3  # an entry of F-hat's gradient, and
-_RANK_SPLIT_TERM = 0.025  # for each term its share in dU and dF
-_SPLIT = 0.1  # an entry of dL/dH, and
-_SPLIT_TERM = 0.07  # for each term its share in dA and dF
-_TURN_ROW = 0.13  # an entry of the input or of y's gradient packed along the batch
-# bfloat16 beside float32: a packed product (two in a lane), a stream (converted at each use), packing.
-_BFLOAT16_PRODUCT = 0.52
-_BFLOAT16_STREAM = 1.35
-_BFLOAT16_STREAM_LINES = 1.12
-_BFLOAT16_PACK = 0.85
-_LANES = 16
+
+@dataclass(frozen=True)
+class _Rates:
+    """Nanoseconds an entry, float32 on one core of an instruction set; only their ratios matter."""
+
+    product: float  # a multiplication in a packed product
+    stream_product: float  # the same on F as it lies, and
+    stream_product_in_cache: float  # where it stays in L2
+    reduce: float  # the lanes of one result of stream added up
+    # The same on F with its columns along p, in L2, in L3 and from memory; no lanes to add up.
+    stream_lines_in_cache: float
+    stream_lines: float
+    stream_lines_nearly_far: float
+    stream_lines_far: float
+    read: float  # an entry of F read once
+    pack: float  # an entry of F packed
+    form: float  # one term of an entry of H formed and packed, with F's rows along q to be transposed
+    form_transposed: float  # the same with F's columns along p, lines far apart
+    mix: float  # one multiplication of the algebra with the input
+    copy: float  # an entry of the input packed as it is
+    stream_update: float  # a multiplication of both weight gradients, both factors in cache
+    stream_algebra: float  # a multiplication of dA's sum
+    turn: float  # an entry of F packed for the R products,
+    combine: float  # an entry of F-hat written, and
+    combine_term: float  # for each term its share
+    line: float  # both from F with its columns along p, whose lines are combined as they lie, and
+    line_term: float  # for each term its share, for the numbers of LINE_TERMS
+    add: float  # a multiplication of x or y-hat with V or W, and
+    add_grad: float  # the same in the gradients, which pack x-hat and g-hat along the batch as well
+    gather: float  # an entry of F-hat packed as it lies along p, lines far apart
+    rank_split: float  # an entry of F-hat's gradient, and
+    rank_split_term: float  # for each term its share in dU and dF
+    split: float  # an entry of dL/dH, and
+    split_term: float  # for each term its share in dA and dF
+    turn_row: float  # an entry of the input or of y's gradient packed along the batch
+    # Packing waits for an entry of F from memory: its lines, from somewhat less than NEAR_BYTES on, but not for rows of
+    # float32.
+    lines_nearly_far: float
+    lines_far: float
+    bfloat16_rows_far: float
+    bfloat16_lines_far: float
+    # bfloat16 beside float32: a packed product (two in a lane), a stream (converted at each use), packing.
+    bfloat16_product: float
+    bfloat16_stream: float
+    bfloat16_stream_lines: float
+    bfloat16_pack: float
+    convolution: float  # of torch's, and of what surrounds them: this many times the constants below
+    lanes: int  # of a vector
+    least_rows: int  # a register tile takes as long for fewer rows
+    stream_rows: int  # of a register tile of stream
+
+
+# Zen 5.
+_AVX512_BF16 = _Rates(
+    product=0.0107,
+    stream_product=0.0132,
+    stream_product_in_cache=0.009,
+    reduce=2.4,
+    stream_lines_in_cache=0.0102,
+    stream_lines=0.0122,
+    stream_lines_nearly_far=0.0175,
+    stream_lines_far=0.0293,
+    read=0.01,
+    pack=0.33,
+    form=0.2,
+    form_transposed=0.2,
+    mix=0.04,
+    copy=0.08,
+    stream_update=0.1,
+    stream_algebra=0.2,
+    turn=0.08,
+    combine=0.042,
+    combine_term=0.012,
+    line=0.062,
+    line_term=0.002,
+    add=0.04,
+    add_grad=0.05,
+    gather=0.08,
+    rank_split=0.3,
+    rank_split_term=0.025,
+    split=0.1,
+    split_term=0.07,
+    turn_row=0.13,
+    lines_nearly_far=0.16,
+    lines_far=0.45,
+    bfloat16_rows_far=0.12,
+    bfloat16_lines_far=0.04,
+    bfloat16_product=0.52,
+    bfloat16_stream=1.35,
+    bfloat16_stream_lines=1.12,
+    bfloat16_pack=0.85,
+    convolution=1.0,
+    lanes=16,
+    least_rows=6,
+    stream_rows=4,
+)
+# Zen 3.
+_AVX2 = _Rates(
+    product=0.0335,
+    stream_product=0.0502,
+    stream_product_in_cache=0.04,
+    reduce=3.39,
+    stream_lines_in_cache=0.0626,
+    stream_lines=0.0795,
+    stream_lines_nearly_far=0.145,
+    stream_lines_far=0.166,
+    read=0.034,
+    pack=1.12,
+    form=0.557,
+    form_transposed=0.72,
+    mix=0.0394,
+    copy=0.0367,
+    stream_update=0.275,
+    stream_algebra=0.247,
+    turn=0.299,
+    combine=0.088,
+    combine_term=0.0451,
+    line=0.154,
+    line_term=0.0315,
+    add=0.0879,
+    add_grad=0.126,
+    gather=0.57,
+    rank_split=1.27,
+    rank_split_term=0.0795,
+    split=0.461,
+    split_term=0.145,
+    turn_row=0.169,
+    lines_nearly_far=0.03,
+    lines_far=0.473,
+    bfloat16_rows_far=0.004,
+    bfloat16_lines_far=0.192,
+    bfloat16_product=1.07,
+    bfloat16_stream=1.64,
+    bfloat16_stream_lines=1.12,
+    bfloat16_pack=0.85,
+    convolution=3.1,
+    lanes=8,
+    least_rows=3,
+    stream_rows=2,
+)
+BEST_ISA = "avx512_bf16"
+# By instruction set of the compiled kernels; of two of them nothing was measured. Without its instruction bfloat16 is
+# multiplied as float32.
+_RATES = {
+    BEST_ISA: _AVX512_BF16,
+    "avx512": replace(_AVX512_BF16, bfloat16_product=1.0, bfloat16_pack=1.0),
+    "avx2": _AVX2,
+    "baseline": replace(_AVX2, lanes=4),
+}
+LINE_TERMS = (2, 3, 4, 8)  # lines of F are combined as they lie for these numbers of terms
 # F of at most so many entries stays in L2 while stream reads it for each group of rows.
 _STREAM_CACHED_ENTRIES = 1 << 17
 # One core's share of L3: weights of more bytes come from memory.
 NEAR_BYTES = 8 << 20
-# Packing waits for an entry of F from there, of lines of float32 from somewhat less on, but not for rows of float32.
 _NEARLY_FAR_BYTES = 6 << 20
-_LINES_NEARLY_FAR = 0.16
-_LINES_FAR = 0.45
-_BFLOAT16_ROWS_FAR = 0.12
-_BFLOAT16_LINES_FAR = 0.04
-# Columns of a tile of stream where these lie along p.
-_STREAM_COLUMNS = 64
-# A register tile takes as long for fewer rows.
-_LEAST_ROWS = 6
+# Vectors of columns in a tile of stream where these lie along p.
+_STREAM_VECTORS = 4
 # Stream keeps its mixed rows in L2; their number is not bounded otherwise.
 _STREAM_ENTRIES = 1 << 18
 # Convolutions: torch's own rate, an entry of H formed and reordered, an entry of the mixed input written and read.
@@ -111,7 +217,7 @@ class Plan(enum.IntEnum):
 LINEAR_PLANS = (Plan.STREAM, Plan.MIX, Plan.PANEL, Plan.RANK)
 
 
-def _padded(count: int, to: int = _LANES) -> int:
+def _padded(count: int, to: int) -> int:
     return -(-count // to) * to
 
 
@@ -121,121 +227,154 @@ def _bytes(n: int, p: int, q: int, bfloat16: bool) -> int:
 
 
 def _linear_costs(
-    rows: int, n: int, P: int, Q: int, p: int, q: int, contiguous: bool, bfloat16: bool
+    rows: int, n: int, P: int, Q: int, p: int, q: int, contiguous: bool, bfloat16: bool, isa: str
 ) -> dict[Plan, float]:
-    product = _PRODUCT * (_BFLOAT16_PRODUCT if bfloat16 else 1)
+    rates, lanes = _RATES[isa], _RATES[isa].lanes
+    product = rates.product * (rates.bfloat16_product if bfloat16 else 1)
     in_cache, size = n * p * q <= _STREAM_CACHED_ENTRIES, _bytes(n, p, q, bfloat16)
-    wide_q = _padded(q)
+    wide_q = _padded(q, lanes)
     terms = n * p * wide_q
     blocks = rows * P
-    mixing = blocks * n * wide_q * Q * _MIX
+    mixing = blocks * n * wide_q * Q * rates.mix
     cost = {
-        Plan.MIX: terms * _PACK + blocks * n * q * _padded(p) * product + mixing,
-        Plan.PANEL: P * Q * terms * (_FORM if contiguous else _FORM_TRANSPOSED)
-        + rows * Q * (q * _padded(P * p) * product + wide_q * _COPY),
+        Plan.MIX: terms * rates.pack + blocks * n * q * _padded(p, lanes) * product + mixing,
+        Plan.PANEL: P * Q * terms * (rates.form if contiguous else rates.form_transposed)
+        + rows * Q * (q * _padded(P * p, lanes) * product + wide_q * rates.copy),
     }
     if not (contiguous or bfloat16) and size >= NEAR_BYTES:
-        cost[Plan.MIX] += terms * _LINES_FAR
-    if blocks * (n * q + 64) <= _STREAM_ENTRIES:
-        tiles = _padded(blocks, 4) * n
+        cost[Plan.MIX] += terms * rates.lines_far
+    if blocks * (n * wide_q + 64) <= _STREAM_ENTRIES:
+        tiles = _padded(blocks, rates.stream_rows) * n
         if contiguous:
             # Lanes along q, four columns at a time, one reduction a result.
-            stream_product = _STREAM_PRODUCT_IN_CACHE if in_cache else _STREAM_PRODUCT
-            stream_product *= _BFLOAT16_STREAM if bfloat16 else 1
-            products = tiles * _padded(p, 4) * wide_q * stream_product + blocks * _padded(p, 4) * _REDUCE
+            stream_product = rates.stream_product_in_cache if in_cache else rates.stream_product
+            stream_product *= rates.bfloat16_stream if bfloat16 else 1
+            products = tiles * _padded(p, 4) * wide_q * stream_product + blocks * _padded(p, 4) * rates.reduce
         else:
-            stream_product = _STREAM_LINES_IN_CACHE if in_cache else _STREAM_LINES
+            stream_product = rates.stream_lines_in_cache if in_cache else rates.stream_lines
             if size >= _NEARLY_FAR_BYTES:
-                stream_product = _STREAM_LINES_NEARLY_FAR if size < NEAR_BYTES else _STREAM_LINES_FAR
-            stream_product *= _BFLOAT16_STREAM_LINES if bfloat16 else 1
-            products = tiles * (_padded(p, _STREAM_COLUMNS) if p > _LANES else _LANES) * q * stream_product
-        cost[Plan.STREAM] = terms * _READ + products + mixing
+                stream_product = rates.stream_lines_nearly_far if size < NEAR_BYTES else rates.stream_lines_far
+            stream_product *= rates.bfloat16_stream_lines if bfloat16 else 1
+            products = tiles * (_padded(p, _STREAM_VECTORS * lanes) if p > lanes else lanes) * q * stream_product
+        cost[Plan.STREAM] = terms * rates.read + products + mixing
     return cost
 
 
 @lru_cache(maxsize=4096)
-def phm_linear(rows: int, n: int, P: int, Q: int, p: int, q: int, contiguous: bool, bfloat16: bool = False) -> Plan:
-    """The plan of one phm_linear call: ``rows`` input rows, A (n, P, Q), F (n, p, q) ``contiguous`` along q or not."""
-    cost = _linear_costs(rows, n, P, Q, p, q, contiguous, bfloat16)
+def phm_linear(
+    rows: int, n: int, P: int, Q: int, p: int, q: int, contiguous: bool, bfloat16: bool = False, isa: str = BEST_ISA
+) -> Plan:
+    """The plan of one phm_linear call: ``rows`` input rows, A (n, P, Q), F (n, p, q) ``contiguous`` along q or not.
+
+    ``isa``, here and below, is the instruction set of the compiled kernels.
+    """
+    cost = _linear_costs(rows, n, P, Q, p, q, contiguous, bfloat16, isa)
     return min(cost, key=cost.__getitem__)
 
 
-def _weight_grad_costs(rows: int, n: int, P: int, Q: int, p: int, q: int) -> dict[Plan, float]:
-    wide_q = _padded(q)
-    cost = {Plan.PANEL: P * p * Q * wide_q * (_SPLIT + n * _SPLIT_TERM + rows * _PRODUCT)}
-    cost[Plan.PANEL] += rows * (P * p + Q * q) * _TURN_ROW
+def _weight_grad_costs(rows: int, n: int, P: int, Q: int, p: int, q: int, isa: str) -> dict[Plan, float]:
+    rates = _RATES[isa]
+    wide_q = _padded(q, rates.lanes)
+    cost = {Plan.PANEL: P * p * Q * wide_q * (rates.split + n * rates.split_term + rows * rates.product)}
+    cost[Plan.PANEL] += rows * (P * p + Q * q) * rates.turn_row
     if rows * P * (2 * q + p) <= _STREAM_ENTRIES:
-        cost[Plan.STREAM] = rows * P * n * wide_q * (p * _STREAM_UPDATE + Q * _STREAM_ALGEBRA)
+        cost[Plan.STREAM] = rows * P * n * wide_q * (p * rates.stream_update + Q * rates.stream_algebra)
     return cost
 
 
 @lru_cache(maxsize=4096)
-def phm_linear_weight_grad(rows: int, n: int, P: int, Q: int, p: int, q: int) -> Plan:
+def phm_linear_weight_grad(rows: int, n: int, P: int, Q: int, p: int, q: int, isa: str = BEST_ISA) -> Plan:
     """STREAM (F read and dF written once, term by term) or PANEL (dL/dH in cache-sized panels)."""
-    cost = _weight_grad_costs(rows, n, P, Q, p, q)
+    cost = _weight_grad_costs(rows, n, P, Q, p, q, isa)
     return min(cost, key=cost.__getitem__)
 
 
-def _products(rows: int, p: int, q: int, R: int, bfloat16: bool) -> float:
-    return R * max(rows, _LEAST_ROWS) * q * _padded(p) * _PRODUCT * (_BFLOAT16_PRODUCT if bfloat16 else 1)
+def _products(rows: int, p: int, q: int, R: int, bfloat16: bool, rates: _Rates) -> float:
+    product = rates.product * (rates.bfloat16_product if bfloat16 else 1)
+    return R * max(rows, rates.least_rows) * q * _padded(p, rates.lanes) * product
 
 
 def _linear_factored_costs(
-    rows: int, n: int, P: int, Q: int, p: int, q: int, R: int, contiguous: bool, combines: bool, bfloat16: bool
+    rows: int,
+    n: int,
+    P: int,
+    Q: int,
+    p: int,
+    q: int,
+    R: int,
+    contiguous: bool,
+    combines: bool,
+    bfloat16: bool,
+    isa: str,
 ) -> dict[Plan, float]:
-    wide_q = _padded(q)
+    rates = _RATES[isa]
+    wide_q = _padded(q, rates.lanes)
     entries = p * wide_q
     if combines and not contiguous and n in LINE_TERMS:
-        packing = R * entries * (_LINE + n * _LINE_TERM)
+        packing = R * entries * (rates.line + n * rates.line_term)
     else:
-        packing = n * entries * (_TURN if contiguous else _GATHER)
-        packing += R * entries * (_COMBINE + n * _COMBINE_TERM) if combines else 0
+        packing = n * entries * (rates.turn if contiguous else rates.gather)
+        packing += R * entries * (rates.combine + n * rates.combine_term) if combines else 0
     if bfloat16:
-        packing *= _BFLOAT16_PACK
+        packing *= rates.bfloat16_pack
     size = _bytes(n, p, q, bfloat16)
     if bfloat16 and size >= NEAR_BYTES:
-        packing += n * entries * (_BFLOAT16_ROWS_FAR if contiguous else _BFLOAT16_LINES_FAR)
+        packing += n * entries * (rates.bfloat16_rows_far if contiguous else rates.bfloat16_lines_far)
     elif not bfloat16 and not contiguous and size >= _NEARLY_FAR_BYTES:
-        packing += n * entries * (_LINES_NEARLY_FAR if size < NEAR_BYTES else _LINES_FAR)
-    additions = rows * R * (wide_q * Q + _padded(p) * P) * _ADD
-    cost = _linear_costs(rows, n, P, Q, p, q, contiguous, bfloat16)
-    cost[Plan.RANK] = packing + _products(rows, p, q, R, bfloat16) + additions
+        packing += n * entries * (rates.lines_nearly_far if size < NEAR_BYTES else rates.lines_far)
+    additions = rows * R * (wide_q * Q + _padded(p, rates.lanes) * P) * rates.add
+    cost = _linear_costs(rows, n, P, Q, p, q, contiguous, bfloat16, isa)
+    cost[Plan.RANK] = packing + _products(rows, p, q, R, bfloat16, rates) + additions
     return cost
 
 
 @lru_cache(maxsize=4096)
 def phm_linear_factored(
-    rows: int, n: int, P: int, Q: int, p: int, q: int, R: int, contiguous: bool, combines: bool, bfloat16: bool = False
+    rows: int,
+    n: int,
+    P: int,
+    Q: int,
+    p: int,
+    q: int,
+    R: int,
+    contiguous: bool,
+    combines: bool,
+    bfloat16: bool = False,
+    isa: str = BEST_ISA,
 ) -> Plan:
     """The plan of one phm_linear_factored call of R terms; ``combines``: the weights are sum_i U[r,i] F_i, not F.
 
     RANK, or a plan of phm_linear for A = sum_r U_r (x) V_r (x) W_r.
     """
-    cost = _linear_factored_costs(rows, n, P, Q, p, q, R, contiguous, combines, bfloat16)
+    cost = _linear_factored_costs(rows, n, P, Q, p, q, R, contiguous, combines, bfloat16, isa)
     return min(cost, key=cost.__getitem__)
 
 
 def _linear_factored_grad_costs(
-    rows: int, n: int, P: int, Q: int, p: int, q: int, R: int, bfloat16: bool
+    rows: int, n: int, P: int, Q: int, p: int, q: int, R: int, bfloat16: bool, isa: str
 ) -> dict[Plan, float]:
-    entries = R * p * _padded(q)
-    rank = entries * (_RANK_SPLIT + 2 * _COMBINE + n * (_RANK_SPLIT_TERM + 2 * _COMBINE_TERM))
+    rates, lanes = _RATES[isa], _RATES[isa].lanes
+    entries = R * p * _padded(q, lanes)
+    rank = entries * (rates.rank_split + 2 * rates.combine + n * (rates.rank_split_term + 2 * rates.combine_term))
     # F-hat x-hat for dV, its transpose for dx and dW, the outer products for dU and dF; x and grad are mixed for each.
-    rank += 3 * _products(rows, p, q, R, bfloat16) + 3 * rows * R * (_padded(q) * Q + _padded(p) * P) * _ADD_GRAD
-    of_weights = _weight_grad_costs(rows, n, P, Q, p, q)
-    of_input = min(_linear_factored_costs(rows, n, Q, P, q, p, R, False, True, bfloat16).values())
+    rank += 3 * _products(rows, p, q, R, bfloat16, rates)
+    rank += 3 * rows * R * (_padded(q, lanes) * Q + _padded(p, lanes) * P) * rates.add_grad
+    of_weights = _weight_grad_costs(rows, n, P, Q, p, q, isa)
+    of_input = min(_linear_factored_costs(rows, n, Q, P, q, p, R, False, True, bfloat16, isa).values())
     cost = {plan: of_plan + of_input for plan, of_plan in of_weights.items()}
     cost[Plan.RANK] = rank
     return cost
 
 
 @lru_cache(maxsize=4096)
-def phm_linear_factored_grad(rows: int, n: int, P: int, Q: int, p: int, q: int, R: int, bfloat16: bool = False) -> Plan:
+def phm_linear_factored_grad(
+    rows: int, n: int, P: int, Q: int, p: int, q: int, R: int, bfloat16: bool = False, isa: str = BEST_ISA
+) -> Plan:
     """RANK for all gradients, or STREAM or PANEL for those of the weights, and the input's by a plan of its own.
 
     By STREAM and PANEL dU, dV and dW follow from the gradient of A = sum_r U_r (x) V_r (x) W_r.
     """
-    cost = _linear_factored_grad_costs(rows, n, P, Q, p, q, R, bfloat16)
+    cost = _linear_factored_grad_costs(rows, n, P, Q, p, q, R, bfloat16, isa)
     return min(cost, key=cost.__getitem__)
 
 
@@ -258,6 +397,7 @@ def phc_conv(
     taps: int,
     bfloat16: bool = False,
     pointwise: tuple[bool, int] | None = None,
+    isa: str = BEST_ISA,
 ) -> Plan:
     """The plan of one convolution: ``pixels`` positions to mix, ``outputs`` positions that meet every weight.
 
@@ -267,8 +407,8 @@ def phc_conv(
     costs = _conv_costs(pixels, outputs, n, P, Q, p, q, taps)
     if pointwise:
         contiguous, copied = pointwise
-        linear = _linear_costs(outputs, n, P, Q, p, q, contiguous, bfloat16)
-        costs[Plan.POINTWISE] = min(linear.values())
+        linear = _linear_costs(outputs, n, P, Q, p, q, contiguous, bfloat16, isa)
+        costs[Plan.POINTWISE] = min(linear.values()) / _RATES[isa].convolution
         costs = {plan: cost + copied * _TURN_IMAGE for plan, cost in costs.items()}
     return min(costs, key=costs.__getitem__)
 
@@ -296,6 +436,7 @@ def _conv_factored_costs(
     bfloat16: bool,
     row: tuple[int, int] | None,
     pointwise: tuple[bool, int] | None,
+    isa: str,
 ) -> dict[Plan, float]:
     product, weights = outputs * p * q * taps, p * q * taps
     added = (R + Q) * pixels * q + (R + P) * outputs * p
@@ -304,14 +445,16 @@ def _conv_factored_costs(
     stride, width = row or (0, 1)
     if fits_direct(2, stride, q):
         idle = max(1.0, _DIRECT_PIXELS / width)
-        cost[Plan.DIRECT] = R * (outputs * _padded(p) * q * taps * idle * _DIRECT_PRODUCT + weights * _DIRECT_FORM)
+        cost[Plan.DIRECT] = R * (
+            outputs * _padded(p, _RATES[isa].lanes) * q * taps * idle * _DIRECT_PRODUCT + weights * _DIRECT_FORM
+        )
         cost[Plan.DIRECT] += added * (_DIRECT_ADD_BFLOAT16 if bfloat16 else _DIRECT_ADD)
     dense = _conv_costs(pixels, outputs, n, P, Q, p, q, taps)
     contiguous, copied = pointwise or (False, 0)
     cost |= {plan: of_plan * _narrow(P * p, Q * q) + copied * _TURN_IMAGE for plan, of_plan in dense.items()}
     if pointwise:
-        linear = _linear_factored_costs(outputs, n, P, Q, p, q, R, contiguous, True, bfloat16)
-        cost[Plan.POINTWISE] = min(linear.values()) + copied * _TURN_IMAGE
+        linear = _linear_factored_costs(outputs, n, P, Q, p, q, R, contiguous, True, bfloat16, isa)
+        cost[Plan.POINTWISE] = min(linear.values()) / _RATES[isa].convolution + copied * _TURN_IMAGE
     return cost
 
 
@@ -329,13 +472,14 @@ def phc_conv_factored(
     bfloat16: bool,
     row: tuple[int, int] | None = None,
     pointwise: tuple[bool, int] | None = None,
+    isa: str = BEST_ISA,
 ) -> Plan:
     """The plan of one factored convolution of R terms, or of its input's gradient; see phc_conv.
 
     ``row``: stride along the last dimension and size of the result there, or None where the direct kernel does not
     serve: in three dimensions, and for the input's gradient of a stride.
     """
-    cost = _conv_factored_costs(pixels, outputs, n, P, Q, p, q, taps, R, bfloat16, row, pointwise)
+    cost = _conv_factored_costs(pixels, outputs, n, P, Q, p, q, taps, R, bfloat16, row, pointwise, isa)
     return min(cost, key=cost.__getitem__)
 
 
@@ -353,20 +497,21 @@ def phc_conv_factored_grad(
     bfloat16: bool,
     row: tuple[int, int] | None = None,
     pointwise: tuple[bool, int] | None = None,
+    isa: str = BEST_ISA,
 ) -> Plan:
     """RANK or POINTWISE for all gradients, or PANEL for those of the weights, through that of H.
 
     By PANEL the input's gradient has a plan of its own; ``row`` and ``pointwise`` are those of that plan.
     """
-    of_input = _conv_factored_costs(outputs, outputs, n, Q, P, q, p, taps, R, bfloat16, row, pointwise)
+    of_input = _conv_factored_costs(outputs, outputs, n, Q, P, q, p, taps, R, bfloat16, row, pointwise, isa)
     of_weights = P * p * Q * q * taps * (_CONV_GRAD_FORM + outputs * _CONV_GRAD_PRODUCT)
     of_weights += (pixels * Q * q + outputs * P * p) * _CONV_GRAD_READ
     cost = {Plan.PANEL: min(of_input.values()) + of_weights}
     if pointwise:
         # R convolutions of one position by torch are never faster. The input is copied as well.
         copied = pointwise[1] + outputs * Q * q if pointwise[1] else 0
-        linear = _linear_factored_grad_costs(outputs, n, P, Q, p, q, R, bfloat16)
-        cost[Plan.POINTWISE] = min(linear.values()) + copied * _TURN_IMAGE
+        linear = _linear_factored_grad_costs(outputs, n, P, Q, p, q, R, bfloat16, isa)
+        cost[Plan.POINTWISE] = min(linear.values()) / _RATES[isa].convolution + copied * _TURN_IMAGE
     else:
         add = _TERM_ADD_BFLOAT16 if bfloat16 else _TERM_ADD
         product = outputs * p * q * taps * _CONV_PRODUCT * _narrow(p, q)

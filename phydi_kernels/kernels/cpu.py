@@ -140,6 +140,12 @@ def available() -> bool:
     return not reason
 
 
+@functools.cache
+def isa() -> str:
+    """The instruction set that the kernels run with; they must be available."""
+    return torch.ops.phydi_cpu.isa()
+
+
 def phm_linear(
     x: Tensor,
     A: Tensor,

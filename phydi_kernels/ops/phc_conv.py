@@ -55,7 +55,8 @@ def _forward_cpu(x, A, F, bias, stride, padding, dilation, residual, alpha, acti
     outputs = len(x) * math.prod(size)
     copied = outputs * (x.shape[1] + P * p * (1 if residual is None else 2))
     of_rows = pointwise_sizes(x, F, padding, copied)
-    plan = plans.phc_conv(pixels(x), outputs, *A.shape, p, q, math.prod(kernel), x.dtype == torch.bfloat16, of_rows)
+    sizes = (pixels(x), outputs, *A.shape, p, q, math.prod(kernel))
+    plan = plans.phc_conv(*sizes, x.dtype == torch.bfloat16, of_rows, cpu.isa())
     if plan is not Plan.POINTWISE:
         return phc_conv.phc_conv(*args, plan)
 
@@ -73,7 +74,8 @@ def _input_grad_cpu(grad, A, F, input_size, stride, padding, dilation):
     p, q, *kernel = F.shape[1:]
     count = pixels(grad)
     of_rows = pointwise_sizes(grad, F, padding, count * (Q * q + P * p), transposed=True)
-    plan = plans.phc_conv(count, count, n, Q, P, q, p, math.prod(kernel), grad.dtype == torch.bfloat16, of_rows)
+    sizes = (count, count, n, Q, P, q, p, math.prod(kernel))
+    plan = plans.phc_conv(*sizes, grad.dtype == torch.bfloat16, of_rows, cpu.isa())
     if plan is not Plan.POINTWISE:
         return phc_conv.phc_conv_input_grad(*args, plan)
 

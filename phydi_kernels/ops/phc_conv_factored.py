@@ -40,7 +40,7 @@ def _forward_cpu(x, U, V, W, F, bias, stride, padding, dilation, residual, alpha
     row = (stride[-1], size[-1]) if len(size) < 3 else None
     copied = outputs * (Q * q + P * p * (1 if residual is None else 2))
     of_rows = pointwise_sizes(x, F, padding, copied)
-    plan = plans.phc_conv_factored(pixels(x), outputs, n, P, Q, p, q, taps, R, _bfloat16(x), row, of_rows)
+    plan = plans.phc_conv_factored(pixels(x), outputs, n, P, Q, p, q, taps, R, _bfloat16(x), row, of_rows, cpu.isa())
     if plan is not Plan.POINTWISE:
         return phc_conv_factored.phc_conv_factored(*args, plan)
 
@@ -64,7 +64,7 @@ def _input_grad_cpu(grad, U, V, W, F, input_size, stride, padding, dilation):
     args = (grad, U, V, W, F, input_size, stride, padding, dilation)
     if not cpu.available():
         return reference.phc_conv_factored_input_grad(*args)
-    plan = plans.phc_conv_factored(*_plan_of_input_grad(*args))
+    plan = plans.phc_conv_factored(*_plan_of_input_grad(*args), cpu.isa())
     if plan is not Plan.POINTWISE:
         return phc_conv_factored.phc_conv_factored_input_grad(*args, plan)
 
@@ -82,7 +82,7 @@ def _gradients_cpu(grad, x, U, V, W, F, stride, padding, dilation):
     of_input = (grad, U, V, W, F, list(x.shape), stride, padding, dilation)
     *sizes, row, of_rows = _plan_of_input_grad(*of_input)
     outputs, _, n, Q, P, q, p, taps, R, bfloat16 = sizes
-    plan = plans.phc_conv_factored_grad(pixels(x), outputs, n, P, Q, p, q, taps, R, bfloat16, row, of_rows)
+    plan = plans.phc_conv_factored_grad(pixels(x), outputs, n, P, Q, p, q, taps, R, bfloat16, row, of_rows, cpu.isa())
     if plan is Plan.RANK:
         return phc_conv_factored.phc_conv_factored_grad(*args)
     if plan is Plan.POINTWISE:

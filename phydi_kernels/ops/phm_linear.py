@@ -35,7 +35,8 @@ def _forward_cpu(
         return reference.phm_linear(x, A, F, bias, residual, alpha, activation)
     n, P, Q = A.shape
     _, p, q = F.shape
-    plan = plans.phm_linear(x.numel() // (Q * q), n, P, Q, p, q, q == 1 or F.stride(2) == 1, x.dtype == torch.bfloat16)
+    along_q, bfloat16 = q == 1 or F.stride(2) == 1, x.dtype == torch.bfloat16
+    plan = plans.phm_linear(x.numel() // (Q * q), n, P, Q, p, q, along_q, bfloat16, cpu.isa())
     return cpu.phm_linear(x, A, F, bias, residual, alpha, activation, plan)
 
 
@@ -69,7 +70,7 @@ def _weight_grad_cpu(grad: Tensor, x: Tensor, A: Tensor, F: Tensor) -> tuple[Ten
         return reference.phm_linear_weight_grad(grad, x, A, F)
     n, P, Q = A.shape
     _, p, q = F.shape
-    plan = plans.phm_linear_weight_grad(x.numel() // (Q * q), n, P, Q, p, q)
+    plan = plans.phm_linear_weight_grad(x.numel() // (Q * q), n, P, Q, p, q, cpu.isa())
     return cpu.phm_linear_weight_grad(grad, x, A, F, plan)
 
 

@@ -29,7 +29,8 @@ def plan_on_cpu(x: Tensor, U: Tensor | None, V: Tensor, W: Tensor, F: Tensor) ->
     n, p, q = F.shape
     Q = W.shape[1]
     along_q, bfloat16 = q == 1 or F.stride(2) == 1, x.dtype == torch.bfloat16
-    return plans.phm_linear_factored(x.numel() // (Q * q), n, P, Q, p, q, R, along_q, U is not None, bfloat16)
+    sizes = (x.numel() // (Q * q), n, P, Q, p, q, R)
+    return plans.phm_linear_factored(*sizes, along_q, U is not None, bfloat16, cpu.isa())
 
 
 def _forward_cpu(
@@ -87,7 +88,8 @@ def _grad_cpu(grad: Tensor, x: Tensor, U: Tensor, V: Tensor, W: Tensor, F: Tenso
     R, P = V.shape
     n, p, q = F.shape
     Q = W.shape[1]
-    plan = plans.phm_linear_factored_grad(x.numel() // (Q * q), n, P, Q, p, q, R, x.dtype == torch.bfloat16)
+    sizes = (x.numel() // (Q * q), n, P, Q, p, q, R)
+    plan = plans.phm_linear_factored_grad(*sizes, x.dtype == torch.bfloat16, cpu.isa())
     if plan is Plan.RANK:
         return cpu.phm_linear_factored_grad(grad, x, U, V, W, F)
 
