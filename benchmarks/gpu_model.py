@@ -209,10 +209,19 @@ def step_clocks(
 
 
 def bound(
-    card: Card, name: str, step: Mapping[str, float], tiles: int, steps: int, dram: float, l2: float = 0.0
+    card: Card,
+    name: str,
+    step: Mapping[str, float],
+    tiles: int,
+    steps: int,
+    dram: float,
+    l2: float = 0.0,
+    once: Mapping[str, float] | None = None,
 ) -> KernelBound:
-    """A product: ``step`` in clocks, ``steps`` for each tile; bytes of DRAM, and of L2 outside the main loop."""
-    clocks = {resource: math.ceil(tiles / card.sms) * steps * clocks for resource, clocks in step.items()}
+    """A product: ``step`` in clocks, ``steps`` for each tile, and ``once`` a tile; bytes of DRAM, and of L2 outside the
+    main loop."""
+    of_tile = {resource: steps * clocks + (once or {}).get(resource, 0.0) for resource, clocks in step.items()}
+    clocks = {resource: math.ceil(tiles / card.sms) * clocks for resource, clocks in of_tile.items()}
     clocks["L2"] += l2 / card.l2_bytes
     seconds = {resource: value / (card.clock * SUSTAINED) for resource, value in clocks.items()}
     return KernelBound(name, seconds | {"DRAM": dram / (card.dram * MEMORY_SUSTAINED)})
@@ -323,26 +332,26 @@ def epilogue(card: Card, layer: Layer, kernel: Kernel, prepacked: bool) -> Layer
 
 
 def stream(card: Card, layer: Layer, kernel: Kernel, splits: int) -> LayerBound:
-    """F_i against rows (b, k) of sum_l A[i,k,l] x_l, formed in shared memory: a step is n products of one depth.
+    """Every F_i x_l of a tile in one product, features (i, r) by rows (l, b), and the sum over i and l in registers.
 
     A tile reads n blocks of F and of x once. The parts of a split sum, float32, take a second kernel.
     """
-    size, rows = layer.bytes, plans_cuda.stream_rows(layer.rows, layer.n)
-    x = layer.n * min(kernel.M * layer.rows // rows, layer.rows) * kernel.K
-    # Up to Ada tensor cores take the mixed rows from registers.
-    registers = card.capability < 90
-    mixed = 0 if registers else layer.n * kernel.M * kernel.K
-    arriving = (x + layer.n * kernel.N * kernel.K) * size
-    reads = layer.n * operand_reads(card, kernel, in_registers=registers, transposed=not registers) * size
-    step = step_clocks(card, kernel, layer.dtype, arriving, reads, layer.n, (x + mixed) * size)
-    tiles = math.ceil(rows / kernel.M) * math.ceil(layer.p / kernel.N)
+    size, n = layer.bytes, layer.n
+    rows, features = plans_cuda.stream_size(layer.rows, n), plans_cuda.stream_size(layer.p, n)
+    x = n * min(kernel.M * layer.rows // rows, layer.rows) * kernel.K
+    F = n * min(kernel.N * layer.p // features, layer.p) * kernel.K
+    step = step_clocks(card, kernel, layer.dtype, (x + F) * size, operand_reads(card, kernel, transposed=True) * size)
+    # y_k = sum_{i,l} A[i,k,l] Z[i,l] for each k.
+    sums = n * kernel.M * kernel.N
+    once = {"FP32 lanes": sums / card.fp32_lanes, "issue": sums / WARP / ISSUE_SLOTS}
+    tiles = math.ceil(rows / kernel.M) * math.ceil(features / kernel.N)
     read, written = layer.rows * layer.inputs * size, layer.rows * layer.outputs * size
     steps = math.ceil(math.ceil(layer.q / kernel.K) / splits)
     splits = math.ceil(math.ceil(layer.q / kernel.K) / steps)
     parts = 4 * splits * layer.rows * layer.outputs
     out = written if splits == 1 else parts
-    dram = from_dram(card, read, out) + layer.n * layer.p * layer.q * size
-    kernels = (bound(card, "mix_product", step, tiles * splits, steps, dram, out),)
+    dram = from_dram(card, read, out) + n * layer.p * layer.q * size
+    kernels = (bound(card, "stream_product", step, tiles * splits, steps, dram, out, once),)
     if splits > 1:
         kernels += (combine(card, "sum of parts", [parts, written]),)
     return LayerBound("stream", kernels)
@@ -385,10 +394,10 @@ def bounds(card: Card, layer: Layer, form: str, kernel: Callable[[str], Kernel])
     ``kernel(name)``: the compiled kernel of this name in the table of tiles, for the card and the layer.
     """
     if form == "learned A":
-        mixed_rows = plans_cuda.stream_rows(layer.rows, layer.n)
-        of_stream = kernel(f"stream{plans_cuda.stream_tile(mixed_rows)}")
+        M, N = (plans_cuda.stream_size(count, layer.n) for count in (layer.rows, layer.p))
+        of_stream = kernel(f"stream{plans_cuda.stream_tile(M)}")
         tile = (of_stream.M, of_stream.N, of_stream.K)
-        splits = plans_cuda.stream_splits(mixed_rows, layer.p, layer.q, tile, card.capability)
+        splits = plans_cuda.stream_splits(M, N, layer.q, tile, card.capability)
         found = [stream(card, layer, of_stream, splits), built(card, layer)]
         return found + ([panel(card, layer, kernel("panel"))] if layer.n <= plans_cuda.MAX_RESULTS else [])
     found = [passes(card, layer, form == "prepacked")]

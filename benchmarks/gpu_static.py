@@ -150,7 +150,7 @@ def _linear_cases(n: int, block: int) -> Iterator[tuple[str, Call]]:
     # What needs most registers, and what reads F along p.
     variants = ("epilogue", "transposed") if every else ("epilogue",)
     # Rows of each tile; of 256 the sum is split, of 8192 it is not.
-    calls = [(CudaPlan.STREAM, rows) for rows in (1, 64 // n, 256)]
+    calls = [(CudaPlan.STREAM, rows) for rows in (1, 64 // n, 128 // n, 256)]
     calls += [(CudaPlan.PANEL, 8192)] if n <= MAX_RESULTS else []
     for (plan, rows), variant in itertools.product(calls, variants):
         name = f"phm_linear {plan.value} {size} batch {rows} {variant}"

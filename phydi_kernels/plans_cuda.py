@@ -2,7 +2,7 @@
 
 Plans of phm_linear, for y_k = sum_{i,l} A[i,k,l] F_i x_l:
 
-* stream: mixed rows sum_l A[i,k,l] x_l, formed where they are used, against F, which is read once.
+* stream: every F_i x_l of a tile in one product, summed over i and l in registers; F is read once.
 * panel: tiles of H formed in registers, one product.
 * built: panels of H, multiplied by cuBLAS or cuDNN and dropped before they leave L2, where they fit in it.
 
@@ -28,8 +28,8 @@ from typing import NamedTuple, TypeGuard
 import torch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Blocks that combine adds in registers, that stream mixes, results that a tile of products keeps in registers, and
-# blocks of x that fused adds on the way.
+# Blocks that combine adds in registers, that a tile of stream holds, results that a tile of products keeps there,
+# and blocks of x that fused adds on the way.
 MAX_BLOCKS = 32
 MAX_STREAM = 8
 MAX_RESULTS = 4
@@ -67,9 +67,10 @@ CARDS = {
     120: Card(170, 105e6, 1.8e6, 7.0e6, 52e6),
 }
 # What kernels reach of the products at best, for algebras of at most 2, 4 and 8 terms: bounds of gpu_model.py, where
-# L2, shared memory and the instructions that form tiles hold them back. 89 and 120 have the tensor cores of 80.
+# L2, shared memory and the instructions that form tiles hold them back. 89 and 120 have the tensor cores of 80, where
+# stream is bound as the library is: a tenth less leaves ties to the library.
 _OF_PRODUCTS: dict[str, dict[int, tuple[float, ...]]] = {
-    "stream": {80: (0.66, 0.55, 0.08), 90: (0.47, 0.42, 0.20), 100: (0.29, 0.27, 0.10)},
+    "stream": {80: (0.66, 0.66, 0.66), 90: (0.59, 0.59, 0.59), 100: (0.39, 0.49, 0.49)},
     "panel": {80: (0.49, 0.51), 90: (0.44, 0.38), 100: (0.26, 0.20)},
     "fused": {80: (0.43, 0.36), 90: (0.17, 0.14), 100: (0.12, 0.11)},
     "epilogue": {80: (0.53, 0.53), 90: (0.42, 0.28), 100: (0.36, 0.24)},
@@ -92,6 +93,11 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def power_of_two(a: int) -> int:
+    """The smallest that is at least ``a``."""
+    return 1 << (a - 1).bit_length()
+
+
 def dtype_class(dtype: torch.dtype | None, tf32: bool) -> str:
     return "16-bit" if dtype is not torch.float32 else "tf32" if tf32 else "ieee"
 
@@ -104,7 +110,8 @@ class _Costs:
         self.size = dtype.itemsize
         # Multiplications a microsecond of one processor.
         of_type = {"16-bit": self.card.products, "tf32": self.card.products / 2, "ieee": self.card.float32}
-        self.rate = of_type[dtype_class(dtype, tf32)] / self.card.processors
+        self.kind = dtype_class(dtype, tf32)
+        self.rate = of_type[self.kind] / self.card.processors
 
     def memory(self, entries: float) -> float:
         return entries * self.size / (self.card.bandwidth * _MEMORY)
@@ -115,6 +122,10 @@ class _Costs:
     def tiles(self, count: int, multiplications: float, efficiency: float) -> float:
         """``count`` tiles of a result, each of so many multiplications, on all processors, a whole number of times."""
         return cdiv(count, self.card.processors) * multiplications / (self.rate * efficiency)
+
+    def sums(self, count: int) -> float:
+        """Multiplications of a tile of one processor, in float32 units."""
+        return count * self.card.processors / (self.card.float32 * _SUSTAINED)
 
     def library(self, batch: int, M: int, N: int, K: int) -> float:
         """A product, or a batch of them, by cuBLAS."""
@@ -138,35 +149,40 @@ class _Costs:
 
 
 def _linear_costs(costs: _Costs, rows: int, n: int, P: int, Q: int, p: int, q: int) -> dict[CudaPlan, float]:
-    memory, M = costs.memory(n * p * q + rows * (P * p + Q * q)), stream_rows(rows, P)
+    memory = costs.memory(n * p * q + rows * (P * p + Q * q))
     result = {CudaPlan.BUILT: max(costs.built(rows, P, P * p, Q * q), memory)}
     if max(n, P, Q) > MAX_STREAM:
         return result
-    tile, width = stream_tile(M), 128 if M > 64 else 64
-    splits = stream_splits(M, p, q, (tile, width, 32), costs.capability)
-    tiles = cdiv(M, tile) * cdiv(p, width) * splits
-    stream = costs.tiles(tiles, tile * width * n * cdiv(q, splits), costs.reaches("stream", max(n, P, Q)))
+    M, N = stream_size(rows, Q), stream_size(p, n)
+    tile = (min(stream_tile(M), 128), 64, 16) if costs.kind == "ieee" else (stream_tile(M), 128, 64)
+    splits = stream_splits(M, N, q, tile, costs.capability)
+    tiles = cdiv(M, tile[0]) * cdiv(N, tile[1]) * splits
+    entries = tile[0] * tile[1]
+    stream = costs.tiles(tiles, entries * cdiv(q, splits), costs.reaches("stream", max(n, P, Q)))
+    stream += cdiv(tiles, costs.card.processors) * costs.sums(P * entries)
+    stream = max(stream, memory)
     # The parts are float32, written and read.
-    stream = max(stream, memory) + (costs.l2(2 * splits * rows * P * p * 4 / costs.size) + _GAP if splits > 1 else 0.0)
+    if splits > 1:
+        stream += costs.l2(2 * splits * rows * P * p * 4 / costs.size) + _GAP
     result[CudaPlan.STREAM] = stream + _GAP
     if max(n, P) <= MAX_RESULTS:
         result[CudaPlan.PANEL] = max(costs.panel(rows, n, P, p, Q * q), memory)
     return result
 
 
-def stream_rows(rows: int, P: int) -> int:
-    """Mixed rows of the stream plan: P for each row, filled up to a power of two."""
-    return rows << (P - 1).bit_length()
+def stream_size(count: int, blocks: int) -> int:
+    """Rows of the stream plan's product, or its features: ``blocks`` for each, filled up to a power of two."""
+    return count * power_of_two(blocks)
 
 
 def stream_tile(M: int) -> int:
-    """Mixed rows of a tile."""
-    return 16 if M <= 16 else 64 if M <= 64 else 128
+    """The height of the tiles for so many rows."""
+    return next((height for height in (16, 64, 128) if M <= height), 256)
 
 
-def stream_splits(M: int, p: int, q: int, tile: Sequence[int], capability: int) -> int:
-    """In how many parts the stream plan sums over q, so that its tiles occupy the card."""
-    tiles = max(1, cdiv(M, tile[0]) * cdiv(p, tile[1]))
+def stream_splits(M: int, N: int, q: int, tile: Sequence[int], capability: int) -> int:
+    """In how many parts the stream plan sums over q, so that its tiles of M rows by N features occupy the card."""
+    tiles = max(1, cdiv(M, tile[0]) * cdiv(N, tile[1]))
     return max(1, min(cdiv(q, tile[2]), MAX_BLOCKS, CARDS[architecture(capability)].processors // tiles))
 
 

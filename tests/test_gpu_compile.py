@@ -35,7 +35,7 @@ def _benchmark(name: str) -> Any:
 gpu_compile = _benchmark("gpu_compile")
 gpu_static = _benchmark("gpu_static")
 # Kernels that are compiled again, the others for one architecture.
-PRODUCTS = ("mix_product_kernel", "panel_product_kernel", "rank_product_kernel")
+PRODUCTS = ("stream_product_kernel", "panel_product_kernel", "rank_product_kernel")
 OTHERS = ("combine_kernel", "block_dots_kernel", "structure_kernel")
 
 
@@ -317,7 +317,7 @@ def test_recorded_figures_are_those_of_a_compilation(results, kernel, arch):
 
 
 def _entry(**changes: Any) -> dict[str, Any]:
-    entry = {"kernel": "mix_product_kernel", "dtype": "tf32", "arch": 90, "case": "layer", "index": 0}
+    entry = {"kernel": "stream_product_kernel", "dtype": "tf32", "arch": 90, "case": "layer", "index": 0}
     entry |= {"tile": "64x32x16", "warps": 4, "stages": 3, "key": "00", "registers": 96, "spills": 0, "shared": 2048}
     return entry | {"tensor_memory": 0, "tensor_core": {"HGMMA": 4}, "loop": {"tensor": 4}, "problems": []} | changes
 
@@ -328,10 +328,10 @@ def test_the_table_has_the_worst_of_each_kernel_and_type():
     del failed["registers"]
     rows = [_entry(), more, failed, _entry(dtype="float32", arch=80, tensor_core={}, spills=24)]
     assert gpu_static.table({"rows": rows}).splitlines()[2:] == [
-        "| mix_product | float32 | 1 | 24 | 96, 2 KB |  |  |  |  |",
-        "| mix_product | tf32 | 3 | 0 |  |  | 128, 2 KB, 4-12 HGMMA, 2 HMMA |  |  |",
+        "| stream_product | float32 | 1 | 24 | 96, 2 KB |  |  |  |  |",
+        "| stream_product | tf32 | 3 | 0 |  |  | 128, 2 KB, 4-12 HGMMA, 2 HMMA |  |  |",
     ]
-    line = "mix_product_kernel sm_90 tf32 64x32x16 4 warps 3 stages (layer): CompilationError: no"
+    line = "stream_product_kernel sm_90 tf32 64x32x16 4 warps 3 stages (layer): CompilationError: no"
     assert gpu_static.wrong({"rows": rows}) == line
 
 

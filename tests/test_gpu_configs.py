@@ -56,12 +56,15 @@ def test_entries_are_tiles_that_products_take(precision):
 
 
 def test_narrow_blocks_have_narrow_tiles(precision):
-    """The narrowest of 32 and 64 that holds a block; stream has 64, a warpgroup's rows on sm_90."""
+    """The narrowest of 32 and 64 that holds a block, of stream n blocks; it has 64, a warpgroup's rows on sm_90."""
     for (kernel, dtype, n), arch in itertools.product(_asked_for(), plans_cuda.CARDS):
         wide = configs.fixed(kernel, dtype, n, 65, arch)
         assert wide == configs.fixed(kernel, dtype, n, 4096, arch)
-        for p, most in ((1, 32), (32, 32), (33, 64), (64, 64)):
-            most = 64 if kernel.startswith("stream") else most
+        sizes = ((1, 32), (32, 32), (33, 64), (64, 64))
+        if kernel.startswith("stream"):
+            blocks = 1 << (n - 1).bit_length()
+            sizes = ((1, 64), (64 // blocks, 64), (64 // blocks + 1, 128))
+        for p, most in sizes:
             assert configs.fixed(kernel, dtype, n, p, arch) == wide._replace(block_n=min(wide.block_n, most))
 
 
@@ -133,7 +136,7 @@ def card(monkeypatch, tmp_path):
     monkeypatch.setenv("PHYDI_AUTOTUNE", "1")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(configs, "capability", lambda device: 89)
-    tiles = {("panel", "16-bit", 4): {0: TILE}, ("stream16", "16-bit", 4): {0: Config(16, 64, 32, 4, 4)}}
+    tiles = {("panel", "16-bit", 4): {0: TILE}, ("stream16", "16-bit", 8): {0: Config(16, 64, 32, 4, 4)}}
     monkeypatch.setattr(configs, "TABLE", tiles)
     monkeypatch.setattr(configs, "measure", card.measure)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
@@ -183,7 +186,7 @@ def test_cards_and_layers_have_entries_of_their_own(card):
     card.config(kernel="stream16")
     stored = configs.load_cache(configs.cache_file())
     assert stored["Card A"] == {NAME: TILE}
-    assert set(stored["Card B"]) == {NAME, "panel/16-bit/4/64", "stream16/16-bit/4/64"}
+    assert set(stored["Card B"]) == {NAME, "panel/16-bit/4/64", "stream16/16-bit/8/64"}
     card.name = "Card A"
     assert card.config() == TILE
 

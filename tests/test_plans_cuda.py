@@ -132,9 +132,11 @@ def test_few_rows_stream_the_weights(capability, dtype, tf32):
 @pytest.mark.parametrize("dtype, tf32", TYPES)
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_many_rows_form_panels_or_multiply_ranks(capability, dtype, tf32):
-    """R products cost R / n^2 of the dense one, where those of a panel cost as much."""
+    """R products cost R / n^2 of the dense one, where those of a panel cost as much, and so do those of stream."""
     for p, q in _features(4):
-        assert plans_cuda.phm_linear(8192, 4, 4, 4, p, q, dtype, tf32, capability) is CudaPlan.BUILT
+        dense = plans_cuda.phm_linear(8192, 4, 4, 4, p, q, dtype, tf32, capability)
+        # Up to Ada tensor cores bind a product of ours as they do the library's.
+        assert dense is CudaPlan.BUILT or (dense is CudaPlan.STREAM and capability not in (90, 100, 103))
         plan = plans_cuda.phm_linear_factored(8192, 4, 4, 4, p, q, 7, False, dtype, tf32, capability)
         assert plan not in LINEAR
         if capability in (90, 100) and dtype is torch.bfloat16:
@@ -144,16 +146,19 @@ def test_many_rows_form_panels_or_multiply_ranks(capability, dtype, tf32):
 @pytest.mark.parametrize("dtype, tf32", TYPES)
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_more_rows_never_go_back_to_stream(capability, dtype, tf32):
+    """But for what the last wave of tiles, which counts whole, makes of a tie."""
     for n, R in RANKS.items():
         for p, q in _features(n):
             sizes = (n, n, n, p, q)
-            dense = [plans_cuda.phm_linear(rows, *sizes, dtype, tf32, capability) for rows in POWERS]
-            factored = [
-                plans_cuda.phm_linear_factored(rows, *sizes, R, True, dtype, tf32, capability) for rows in POWERS
-            ]
-            for chosen in (dense, factored):
-                later = [plan is not CudaPlan.STREAM for plan in chosen]
-                assert later == sorted(later) and not later[0]
+            chosen = [plans_cuda.phm_linear_factored(rows, *sizes, R, True, dtype, tf32, capability) for rows in POWERS]
+            later = [plan is not CudaPlan.STREAM for plan in chosen]
+            assert later == sorted(later) and not later[0]
+            costs = plans_cuda._Costs(dtype, tf32, capability)
+            of_rows = [plans_cuda._linear_costs(costs, rows, *sizes) for rows in POWERS]
+            ratios = [of_plan.pop(CudaPlan.STREAM) / min(of_plan.values()) for of_plan in of_rows]
+            assert ratios[0] < 1
+            left = next((i for i, ratio in enumerate(ratios) if ratio > 1), len(ratios))
+            assert all(ratio > 0.9 for ratio in ratios[left:])
 
 
 _blocks = st.integers(1, 40)
@@ -254,7 +259,7 @@ def test_kernels_of_few_taps_are_implicit(kernel, implicit):
 
 
 def test_large_algebras_form_no_tiles_of_the_dense_weight():
-    """Stream mixes at most eight, a tile of panel keeps four results."""
+    """A tile of stream holds at most eight, one of panel keeps four results."""
     for name in BLOCKS:
         blocks = {**BLOCKS, name: 9}
         few = {"rows": 1, "p": 1024, "q": 1024, "R": 7, "combines": False, "tf32": False}
@@ -289,27 +294,30 @@ def test_weights_to_combine_speak_for_the_plans_of_A():
     assert changed
 
 
-def test_mixed_rows_fill_up_powers_of_two():
-    assert [plans_cuda.stream_rows(3, P) for P in range(1, 9)] == [3, 6, 12, 12, 24, 24, 24, 24]
-    assert plans_cuda.stream_rows(0, 4) == 0
+def test_blocks_of_a_stream_fill_up_powers_of_two():
+    assert [plans_cuda.stream_size(3, Q) for Q in range(1, 9)] == [3, 6, 12, 12, 24, 24, 24, 24]
+    assert plans_cuda.stream_size(0, 4) == 0
 
 
-@pytest.mark.parametrize(("M", "rows"), ((0, 16), (1, 16), (16, 16), (17, 64), (64, 64), (65, 128), (10**6, 128)))
+@pytest.mark.parametrize(
+    ("M", "rows"),
+    ((0, 16), (1, 16), (16, 16), (17, 64), (64, 64), (65, 128), (128, 128), (129, 256), (10**6, 256)),
+)
 def test_rows_of_a_tile(M, rows):
     assert plans_cuda.stream_tile(M) == rows
 
 
 @given(
     M=st.integers(0, 10**5),
-    p=_features_of_block,
+    N=_features_of_block,
     q=_features_of_block,
     tile=st.tuples(*[st.sampled_from((16, 32, 64, 128))] * 3),
     capability=st.sampled_from(CAPABILITIES),
 )
-def test_splits_fill_the_card_and_no_more(M, p, q, tile, capability):
-    splits = plans_cuda.stream_splits(M, p, q, tile, capability)
+def test_splits_fill_the_card_and_no_more(M, N, q, tile, capability):
+    splits = plans_cuda.stream_splits(M, N, q, tile, capability)
     rows, columns, step = tile
-    tiles = max(1, math.ceil(M / rows) * math.ceil(p / columns))
+    tiles = max(1, math.ceil(M / rows) * math.ceil(N / columns))
     processors = plans_cuda.CARDS[plans_cuda.architecture(capability)].processors
     # One part holds a step at least, and combine adds 32 of them.
     assert 1 <= splits <= min(math.ceil(q / step), 32)
@@ -320,8 +328,8 @@ def test_splits_fill_the_card_and_no_more(M, p, q, tile, capability):
 
 
 def test_split_sums_of_a_decoded_token():
-    """4096 features of n = 4: 16 tiles of 64 features, eight parts of 128 on the 132 processors of an H100."""
-    assert plans_cuda.stream_splits(4, 1024, 1024, (16, 64, 32), 90) == 8
-    assert plans_cuda.stream_splits(4, 1024, 1024, (16, 64, 32), 80) == 6
-    assert plans_cuda.stream_splits(4, 1024, 64, (16, 64, 32), 90) == 2
-    assert plans_cuda.stream_splits(4, 64, 8192, (16, 64, 32), 90) == 32
+    """4096 features of n = 4: 32 tiles of 32 for each i, four parts of 256 on the 132 processors of an H100."""
+    assert plans_cuda.stream_splits(4, 4096, 1024, (16, 128, 64), 90) == 4
+    assert plans_cuda.stream_splits(4, 4096, 1024, (16, 128, 64), 80) == 3
+    assert plans_cuda.stream_splits(4, 4096, 128, (16, 128, 64), 90) == 2
+    assert plans_cuda.stream_splits(4, 256, 8192, (16, 128, 64), 90) == 32

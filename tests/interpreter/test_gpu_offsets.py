@@ -15,9 +15,9 @@ from phydi_kernels import reference
 from phydi_kernels.kernels.gpu import _launch
 from phydi_kernels.kernels.gpu.combine import block_dots, combine
 from phydi_kernels.kernels.gpu.configs import Config
-from phydi_kernels.kernels.gpu.mix_product import mix_product
 from phydi_kernels.kernels.gpu.panel_product import Window, panel_product, rows_window
 from phydi_kernels.kernels.gpu.rank_product import rank_product
+from phydi_kernels.kernels.gpu.stream_product import stream_product
 
 pytestmark = pytest.mark.usefixtures("guarded")
 
@@ -65,7 +65,7 @@ def test_block_dots(which, axis, far):
     exact(block_dots(*blocks), expected)
 
 
-R, P, Q, p, q = 3, 2, 2, 3, 5
+R, P, Q, p, q = 3, 2, 3, 3, 5
 
 
 def _arguments(image: bool) -> dict[str, Tensor]:
@@ -93,7 +93,7 @@ def _run(kernel: str, x: Tensor, V: Tensor, W: Tensor, F: Tensor, residual: Tens
     """``x`` is X-hat (R, ...) for "epilogue"."""
     if kernel == "stream":
         # Three steps over q in three parts.
-        return mix_product(x, reference.structure(None, V, W), F[:, :, 0], None, residual, None, False, TILE, 3)
+        return stream_product(x, reference.structure(None, V, W), F[:, :, 0], None, residual, None, False, TILE, 3)
     pixels = x[0] if kernel == "epilogue" else x
     if F.shape[2] == 1:
         window = rows_window(pixels.stride(0))
@@ -127,8 +127,8 @@ def test_products(kernel, image, which, axis, far, monkeypatch):
         t = tensors[which]
         steps = None
         if axis == t.dim() - 1 and (which, kernel) != ("x", "epilogue"):
-            # From one block of the input to the next; to the last feature of an output block.
-            steps = {"x": q, "residual": p - 1}.get(which)
+            # From the first block of the input to the third; to the last feature of an output block.
+            steps = {"x": 2 * q, "residual": p - 1}.get(which)
         tensors[which] = far(t, axis, steps)
     exact(_run(kernel, **tensors), expected)
 

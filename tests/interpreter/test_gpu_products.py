@@ -16,9 +16,9 @@ from op_checks import double, draw
 from phydi_kernels import reference
 from phydi_kernels.kernels.gpu import _launch, configs
 from phydi_kernels.kernels.gpu.configs import TABLE, Config
-from phydi_kernels.kernels.gpu.mix_product import mix_product
 from phydi_kernels.kernels.gpu.panel_product import GROUP, tile_of
-from phydi_kernels.plans_cuda import CudaPlan
+from phydi_kernels.kernels.gpu.stream_product import stream_product
+from phydi_kernels.plans_cuda import CudaPlan, power_of_two
 
 pytestmark = pytest.mark.usefixtures("guarded")
 
@@ -49,7 +49,7 @@ def test_split_sums(sizes, splits):
     # Bias and alpha are contiguous.
     tensors = {name: (red_zone if name in ("bias", "alpha") else every_second)(t) for name, t in tensors.items()}
     for activation in ("none", "relu"):
-        y = mix_product(*tensors.values(), activation == "relu", Config(32, 16, 8, 4, 2), splits)
+        y = stream_product(*tensors.values(), activation == "relu", Config(32, 16, 8, 4, 2), splits)
         expected = reference.phm_linear(**double(tensors), activation=activation)
         assert_exact({"y": y}, {"y": expected}, torch.float32)
 
@@ -68,8 +68,11 @@ def test_tiles_of_the_table(kernel, half, most, tile, monkeypatch):
     monkeypatch.setattr(configs, "fixed", lambda *key: tile)
     terms = most // 2 + 1
     n, P = (2, terms) if kernel in ("fused", "epilogue") else (terms, 2)
-    rows = tile.block_m // (P if kernel == "stream" else 1) + 1
-    problem = linear((rows,), n, P, 2, tile.block_n + 1, tile.block_k + 1)
+    rows, p = tile.block_m + 1, tile.block_n + 1
+    if kernel == "stream":
+        # Two blocks of inputs, n of features.
+        rows, p = tile.block_m // 2 + 1, tile.block_n // power_of_two(n) + 1
+    problem = linear((rows,), n, P, 2, p, tile.block_k + 1)
     if kernel in ("fused", "epilogue"):
         problem = factored(problem, 3)
     call = next(calls(problem, dtype=torch.float16 if half else torch.float32))

@@ -1,7 +1,7 @@
 """Tile sizes of the products: a fixed table, or what PHYDI_AUTOTUNE=1 measured on the card at hand.
 
 A key says nothing of the batch: nothing is compiled again for another one. plans_cuda, which knows it, chooses between
-the kernels, and for stream between three heights of a tile and the parts of the sum.
+the kernels, and for stream between four heights of a tile and the parts of the sum.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from typing import NamedTuple
 import torch
 import triton
 
-from ...plans_cuda import architecture, dtype_class, stream_tile
+from ...plans_cuda import architecture, dtype_class, stream_size, stream_tile
 from . import capability
 from ._launch import precision
 
 
 class Config(NamedTuple):
-    block_m: int  # rows, or pixels
-    block_n: int  # output features
+    block_m: int  # rows, or pixels; of stream (input block, row)
+    block_n: int  # output features; of stream (block of F, feature)
     block_k: int  # input features of a step
     warps: int
     stages: int
@@ -34,44 +34,33 @@ class Config(NamedTuple):
 
 # Kernel, type, most terms (n, or P for the kernels of R products) -> {architecture: tiles}; 0 where none is named.
 TABLE: dict[tuple[str, str, int], dict[int, Config]] = {
-    ("stream16", "16-bit", 4): {0: Config(16, 64, 64, 4, 3)},
-    ("stream16", "16-bit", 8): {
-        0: Config(16, 64, 16, 4, 3),
-        90: Config(16, 64, 32, 4, 3),
-        100: Config(16, 64, 32, 4, 3),
-    },
-    ("stream16", "tf32", 4): {0: Config(16, 64, 32, 4, 3), 120: Config(16, 64, 16, 4, 3)},
-    ("stream16", "tf32", 8): {0: Config(16, 64, 16, 4, 3)},
-    ("stream16", "ieee", 4): {0: Config(16, 64, 16, 4, 3)},
+    ("stream16", "16-bit", 8): {0: Config(16, 128, 64, 4, 4)},
+    ("stream16", "tf32", 8): {0: Config(16, 128, 32, 4, 4)},
     ("stream16", "ieee", 8): {0: Config(16, 64, 16, 4, 3)},
-    ("stream64", "16-bit", 4): {
-        0: Config(32, 64, 32, 4, 3),
-        90: Config(64, 64, 32, 4, 3),
-        100: Config(64, 64, 32, 4, 3),
+    ("stream64", "16-bit", 8): {0: Config(64, 128, 64, 4, 4)},
+    ("stream64", "tf32", 8): {0: Config(64, 128, 32, 4, 4)},
+    ("stream64", "ieee", 8): {0: Config(64, 64, 16, 4, 3)},
+    ("stream128", "16-bit", 8): {0: Config(128, 128, 64, 8, 3)},
+    ("stream128", "tf32", 8): {0: Config(128, 128, 32, 8, 3)},
+    ("stream128", "ieee", 8): {0: Config(128, 64, 16, 8, 3)},
+    # On sm_100 the sums over i and l of two terms leave no registers for the larger tile.
+    ("stream256", "16-bit", 2): {
+        0: Config(256, 128, 32, 8, 3),
+        90: Config(256, 128, 64, 8, 3),
+        100: Config(128, 128, 64, 8, 3),
     },
-    ("stream64", "16-bit", 8): {
-        0: Config(32, 64, 16, 4, 3),
-        90: Config(64, 128, 16, 8, 3),
-        100: Config(64, 128, 16, 8, 3),
+    ("stream256", "16-bit", 8): {
+        0: Config(256, 128, 32, 8, 3),
+        90: Config(256, 128, 64, 8, 3),
+        100: Config(256, 128, 64, 8, 3),
     },
-    ("stream64", "tf32", 4): {0: Config(64, 64, 16, 8, 3)},
-    ("stream64", "tf32", 8): {0: Config(32, 64, 16, 4, 2)},
-    ("stream64", "ieee", 4): {0: Config(64, 64, 16, 8, 3)},
-    ("stream64", "ieee", 8): {0: Config(32, 64, 16, 8, 2)},
-    ("stream128", "16-bit", 4): {
-        0: Config(128, 64, 32, 8, 3),
-        90: Config(128, 128, 32, 8, 3),
-        100: Config(128, 128, 32, 8, 3),
+    ("stream256", "tf32", 2): {0: Config(128, 128, 32, 8, 3)},
+    ("stream256", "tf32", 8): {
+        0: Config(128, 128, 32, 8, 3),
+        90: Config(256, 128, 32, 8, 3),
+        100: Config(256, 128, 32, 8, 3),
     },
-    ("stream128", "16-bit", 8): {
-        0: Config(32, 64, 16, 4, 3),
-        90: Config(64, 128, 16, 8, 3),
-        100: Config(64, 128, 16, 8, 3),
-    },
-    ("stream128", "tf32", 4): {0: Config(128, 64, 16, 8, 3)},
-    ("stream128", "tf32", 8): {0: Config(32, 64, 16, 4, 2)},
-    ("stream128", "ieee", 4): {0: Config(64, 64, 16, 8, 3)},
-    ("stream128", "ieee", 8): {0: Config(32, 64, 16, 8, 2)},
+    ("stream256", "ieee", 8): {0: Config(128, 64, 16, 8, 3)},
     ("panel", "16-bit", 2): {
         0: Config(128, 64, 32, 8, 3),
         90: Config(128, 128, 32, 8, 3),
@@ -119,8 +108,10 @@ def fixed(kernel: str, dtype: torch.dtype, n: int, p: int, arch: int, convolutio
     entry = TABLE[key(kernel, dtype, n, convolution)]
     tile = entry.get(arch, entry[0])
     # Of stream features are the rows of a product: on sm_90 a warpgroup's has 64.
-    narrow = 32 if p <= 32 and not kernel.startswith("stream") else 64
-    return tile._replace(block_n=min(tile.block_n, narrow)) if p <= 64 else tile
+    stream = kernel.startswith("stream")
+    features = stream_size(p, n) if stream else p
+    narrow = 32 if features <= 32 and not stream else 64
+    return tile._replace(block_n=min(tile.block_n, narrow)) if features <= 64 else tile
 
 
 def config(

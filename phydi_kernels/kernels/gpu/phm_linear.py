@@ -7,13 +7,13 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from ...plans_cuda import PANEL_BYTES, CudaPlan, stream_rows, stream_splits
+from ...plans_cuda import PANEL_BYTES, CudaPlan, stream_size, stream_splits
 from . import capability
 from ._launch import product
 from .combine import block_dots, combine
 from .configs import Config, config, stream_kernel
-from .mix_product import mix_product
 from .panel_product import panel_product, rows_window
+from .stream_product import stream_product
 
 
 def blocks(rows: Tensor, count: int) -> Tensor:
@@ -47,12 +47,12 @@ def phm_linear(
     if plan is CudaPlan.BUILT:
         return built(rows, A, F, bias, rest, alpha, relu).view(*x.shape[:-1], P * p)
     if plan is CudaPlan.STREAM:
-        M = stream_rows(len(rows), P)
-        kernel, terms = stream_kernel(M), max(n, P, Q)
+        M, N = stream_size(len(rows), Q), stream_size(p, n)
+        kernel, terms = stream_kernel(M), n
 
         def run(tile: Config) -> Tensor:
-            splits = stream_splits(M, p, q, tile[:3], capability(x.device))
-            return mix_product(rows, A, F, bias, rest, alpha, relu, tile, splits)
+            splits = stream_splits(M, N, q, tile[:3], capability(x.device))
+            return stream_product(rows, A, F, bias, rest, alpha, relu, tile, splits)
     else:
         kernel, terms, window = "panel", max(n, P), rows_window(rows.stride(0))
 
