@@ -357,19 +357,6 @@ def stream(card: Card, layer: Layer, kernel: Kernel, splits: int) -> LayerBound:
     return LayerBound("stream", kernels)
 
 
-def panel(card: Card, layer: Layer, kernel: Kernel) -> LayerBound:
-    """Of n tiles of F a step forms n tiles of H, one for each block of outputs, for products with one tile of x."""
-    size, F = layer.bytes, layer.n * kernel.N * kernel.K
-    arriving = (kernel.M * kernel.K + F) * size
-    reads = layer.n * operand_reads(card, kernel) * size
-    step = step_clocks(card, kernel, layer.dtype, arriving, reads, layer.n, staged=2 * F * size)
-    tiles = math.ceil(layer.rows / kernel.M) * math.ceil(layer.p / kernel.N)
-    read, written = layer.rows * layer.inputs * size, layer.rows * layer.outputs * size
-    dram = from_dram(card, read, written) + layer.n * layer.p * layer.q * size
-    steps = layer.n * math.ceil(layer.q / kernel.K)
-    return LayerBound("panel", (bound(card, "panel_product", step, tiles, steps, dram, written),))
-
-
 def built(card: Card, layer: Layer) -> LayerBound:
     """Panels of H, a kernel for each of the n blocks of outputs, and the library's product with each panel."""
     F, block = layer.n * layer.p * layer.q * layer.bytes, layer.p * layer.inputs * layer.bytes
@@ -398,8 +385,7 @@ def bounds(card: Card, layer: Layer, form: str, kernel: Callable[[str], Kernel])
         of_stream = kernel(f"stream{plans_cuda.stream_tile(M)}")
         tile = (of_stream.M, of_stream.N, of_stream.K)
         splits = plans_cuda.stream_splits(M, N, layer.q, tile, card.capability)
-        found = [stream(card, layer, of_stream, splits), built(card, layer)]
-        return found + ([panel(card, layer, kernel("panel"))] if layer.n <= plans_cuda.MAX_RESULTS else [])
+        return [stream(card, layer, of_stream, splits), built(card, layer)]
     found = [passes(card, layer, form == "prepacked")]
     if layer.n <= plans_cuda.MAX_RESULTS:
         found.append(fused(card, layer, kernel("fused"), form == "prepacked"))

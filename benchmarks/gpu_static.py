@@ -150,11 +150,9 @@ def _linear_cases(n: int, block: int) -> Iterator[tuple[str, Call]]:
     # What needs most registers, and what reads F along p.
     variants = ("epilogue", "transposed") if every else ("epilogue",)
     # Rows of each tile; of 256 the sum is split, of 8192 it is not.
-    calls = [(CudaPlan.STREAM, rows) for rows in (1, 64 // n, 128 // n, 256)]
-    calls += [(CudaPlan.PANEL, 8192)] if n <= MAX_RESULTS else []
-    for (plan, rows), variant in itertools.product(calls, variants):
-        name = f"phm_linear {plan.value} {size} batch {rows} {variant}"
-        yield name, partial(linear, plan, n, block, rows, variant)
+    for rows, variant in itertools.product((1, 64 // n, 128 // n, 256), variants):
+        name = f"phm_linear stream {size} batch {rows} {variant}"
+        yield name, partial(linear, CudaPlan.STREAM, n, block, rows, variant)
     for plan, variant in itertools.product(fused, variants):
         name = f"phm_linear_factored {plan.value} {size} batch 256 {variant}"
         yield name, partial(linear_factored, plan, n, block, 256, variant)
@@ -179,13 +177,11 @@ def _linear_cases(n: int, block: int) -> Iterator[tuple[str, Call]]:
 
 def _conv_cases(n: int) -> Iterator[tuple[str, Call]]:
     block = CONV_CHANNELS // n
-    if n > MAX_RESULTS:
-        return
-    fused = [CudaPlan.FUSED, CudaPlan.EPILOGUE]
+    fused = [CudaPlan.FUSED, CudaPlan.EPILOGUE] if n <= MAX_RESULTS else []
     every = n == TERMS[0]
     for kernel, stride in CONVOLUTIONS if every else CONVOLUTIONS[:1]:
         shape = f"{kernel}x{kernel} stride {stride} n={n} {n * block} channels epilogue"
-        for plan in (CudaPlan.PANEL, *([CudaPlan.BUILT] if every else [])):
+        for plan in (CudaPlan.STREAM, *([CudaPlan.BUILT] if every else [])):
             yield f"phc_conv {plan.value} {shape}", partial(conv, plan, n, block, kernel, stride, "epilogue")
         for plan in (*([CudaPlan.PASSES] if every else []), *fused):
             name = f"phc_conv_factored {plan.value} {shape}"
@@ -194,7 +190,7 @@ def _conv_cases(n: int) -> Iterator[tuple[str, Call]]:
         # plans_cuda: implicit GEMM where the input's gradient is a convolution of reversed filters.
         kernel, stride = CONVOLUTIONS[0]
         shape = f"{kernel}x{kernel} stride {stride} n={n} {n * block} channels"
-        for plan in (CudaPlan.PANEL, CudaPlan.MIX):
+        for plan in (CudaPlan.STREAM, CudaPlan.MIX):
             yield f"phc_conv gradients {plan.value} {shape}", partial(conv_grads, plan, n, block, kernel, stride)
         for plan in (CudaPlan.PASSES, *fused):
             name = f"phc_conv_factored gradients {plan.value} {shape}"

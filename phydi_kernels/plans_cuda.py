@@ -2,8 +2,7 @@
 
 Plans of phm_linear, for y_k = sum_{i,l} A[i,k,l] F_i x_l:
 
-* stream: every F_i x_l of a tile in one product, summed over i and l in registers; F is read once.
-* panel: tiles of H formed in registers, one product.
+* stream: every F_i x_l of a tile in one product, summed over i and l in registers.
 * built: panels of H, multiplied by cuBLAS or cuDNN and dropped before they leave L2, where they fit in it.
 
 With A[i,k,l] = sum_r U[r,i] V[r,k] W[r,l] known, these for A, or y_k = sum_r V[r,k] F-hat_r x-hat_r by
@@ -12,7 +11,7 @@ With A[i,k,l] = sum_r U[r,i] V[r,k] W[r,l] known, these for A, or y_k = sum_r V[
 * epilogue: X-hat first, then the same;
 * passes: X-hat, a batched product by cuBLAS or cuDNN, and the sum over Y-hat with the epilogue.
 
-Convolutions have panel and built, or the last three; input gradients that are no convolution have mix: torch's, of
+Convolutions have stream and built, or the last three; input gradients that are no convolution have mix: torch's, of
 mixed gradients. Everything else is composed of torch's operators: float64, mixed types, algebras of too many terms,
 cards older than compute capability 8.0.
 """
@@ -40,7 +39,6 @@ MAX_TAPS = 9
 
 class CudaPlan(enum.Enum):
     STREAM = "stream"
-    PANEL = "panel"
     BUILT = "built"
     MIX = "mix"
     FUSED = "fused"
@@ -71,7 +69,6 @@ CARDS = {
 # stream is bound as the library is: a tenth less leaves ties to the library.
 _OF_PRODUCTS: dict[str, dict[int, tuple[float, ...]]] = {
     "stream": {80: (0.66, 0.66, 0.66), 90: (0.59, 0.59, 0.59), 100: (0.39, 0.49, 0.49)},
-    "panel": {80: (0.49, 0.51), 90: (0.44, 0.38), 100: (0.26, 0.20)},
     "fused": {80: (0.43, 0.36), 90: (0.17, 0.14), 100: (0.12, 0.11)},
     "epilogue": {80: (0.53, 0.53), 90: (0.42, 0.28), 100: (0.36, 0.24)},
 }
@@ -123,19 +120,22 @@ class _Costs:
         """``count`` tiles of a result, each of so many multiplications, on all processors, a whole number of times."""
         return cdiv(count, self.card.processors) * multiplications / (self.rate * efficiency)
 
-    def sums(self, count: int) -> float:
-        """Multiplications of a tile of one processor, in float32 units."""
-        return count * self.card.processors / (self.card.float32 * _SUSTAINED)
-
     def library(self, batch: int, M: int, N: int, K: int) -> float:
         """A product, or a batch of them, by cuBLAS."""
         return self.tiles(batch * cdiv(M, 128) * cdiv(N, 128), 128 * 128 * K, _SUSTAINED)
 
-    def panel(self, rows: int, n: int, P: int, p: int, K: int) -> float:
-        terms = max(n, P)
-        width = 128 if terms <= 2 else 64
-        tiles = cdiv(rows, 128) * cdiv(p, width)
-        return self.tiles(tiles, P * 128 * width * K, self.reaches("panel", terms)) + _GAP
+    def stream(self, rows: int, n: int, P: int, Q: int, p: int, K: int, memory: float = 0.0) -> float:
+        M, N = stream_size(rows, Q), stream_size(p, n)
+        tile = (min(stream_tile(M), 64), 64, 16) if self.kind == "ieee" else (stream_tile(M), 128, 64)
+        splits = stream_splits(M, N, K, tile, self.capability)
+        tiles, entries = cdiv(M, tile[0]) * cdiv(N, tile[1]) * splits, tile[0] * tile[1]
+        products = self.tiles(tiles, entries * cdiv(K, splits), self.reaches("stream", max(n, P, Q)))
+        # P sums of each tile, in float32 units.
+        waves = cdiv(tiles, self.card.processors)
+        products += waves * P * entries * self.card.processors / (self.card.float32 * _SUSTAINED)
+        # The parts are float32, written and read.
+        parts = self.l2(2 * splits * rows * P * p * 4 / self.size) + _GAP if splits > 1 else 0.0
+        return max(products, memory) + parts + _GAP
 
     def built(self, rows: int, P: int, features: int, K: int) -> float:
         """Panels are written and read in L2, by a kernel for each block; the epilogue reads and writes the result."""
@@ -151,22 +151,8 @@ class _Costs:
 def _linear_costs(costs: _Costs, rows: int, n: int, P: int, Q: int, p: int, q: int) -> dict[CudaPlan, float]:
     memory = costs.memory(n * p * q + rows * (P * p + Q * q))
     result = {CudaPlan.BUILT: max(costs.built(rows, P, P * p, Q * q), memory)}
-    if max(n, P, Q) > MAX_STREAM:
-        return result
-    M, N = stream_size(rows, Q), stream_size(p, n)
-    tile = (min(stream_tile(M), 128), 64, 16) if costs.kind == "ieee" else (stream_tile(M), 128, 64)
-    splits = stream_splits(M, N, q, tile, costs.capability)
-    tiles = cdiv(M, tile[0]) * cdiv(N, tile[1]) * splits
-    entries = tile[0] * tile[1]
-    stream = costs.tiles(tiles, entries * cdiv(q, splits), costs.reaches("stream", max(n, P, Q)))
-    stream += cdiv(tiles, costs.card.processors) * costs.sums(P * entries)
-    stream = max(stream, memory)
-    # The parts are float32, written and read.
-    if splits > 1:
-        stream += costs.l2(2 * splits * rows * P * p * 4 / costs.size) + _GAP
-    result[CudaPlan.STREAM] = stream + _GAP
-    if max(n, P) <= MAX_RESULTS:
-        result[CudaPlan.PANEL] = max(costs.panel(rows, n, P, p, Q * q), memory)
+    if max(n, P, Q) <= MAX_STREAM:
+        result[CudaPlan.STREAM] = costs.stream(rows, n, P, Q, p, q, memory)
     return result
 
 
@@ -307,8 +293,8 @@ def phc_conv(
         return CudaPlan.MIX
     costs, taps = _Costs(dtype, tf32, capability), math.prod(kernel)
     result = {CudaPlan.BUILT: costs.built(outputs, P, P * p, Q * q * taps)}
-    if _implicit(kernel) and max(n, P) <= MAX_RESULTS:
-        result[CudaPlan.PANEL] = costs.panel(outputs, n, P, p, Q * q * taps)
+    if _implicit(kernel) and max(n, P, Q) <= MAX_STREAM:
+        result[CudaPlan.STREAM] = costs.stream(outputs, n, P, Q, p, q * taps)
     return _best(result)
 
 

@@ -13,7 +13,7 @@ from phydi_kernels.plans_cuda import CudaPlan
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="runs on a card, and there is none here")
 
 ROWS = 1000
-PLANS = [CudaPlan[name] for name in ("STREAM", "PANEL", "BUILT", "FUSED", "EPILOGUE", "PASSES")]
+PLANS = [CudaPlan[name] for name in ("STREAM", "BUILT", "FUSED", "EPILOGUE", "PASSES")]
 
 
 @pytest.fixture(params=PLANS, ids=lambda plan: plan.value)

@@ -35,7 +35,7 @@ def _benchmark(name: str) -> Any:
 gpu_compile = _benchmark("gpu_compile")
 gpu_static = _benchmark("gpu_static")
 # Kernels that are compiled again, the others for one architecture.
-PRODUCTS = ("stream_product_kernel", "panel_product_kernel", "rank_product_kernel")
+PRODUCTS = ("stream_product_kernel", "rank_product_kernel")
 OTHERS = ("combine_kernel", "block_dots_kernel", "structure_kernel")
 
 

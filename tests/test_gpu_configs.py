@@ -16,7 +16,7 @@ import torch
 triton = pytest.importorskip("triton", reason="the configurations are those of Triton kernels")
 
 from phydi_kernels import plans_cuda  # noqa: E402
-from phydi_kernels.kernels.gpu import _launch, configs, phm_linear, phm_linear_factored  # noqa: E402
+from phydi_kernels.kernels.gpu import _launch, configs, phm_linear_factored  # noqa: E402
 from phydi_kernels.kernels.gpu.configs import Config  # noqa: E402
 from phydi_kernels.plans_cuda import CudaPlan  # noqa: E402
 
@@ -34,7 +34,7 @@ def precision(request, monkeypatch):
 def _asked_for() -> set[tuple[str, torch.dtype, int]]:
     """(kernel, type, n) of every configuration that the drivers can ask for, on the terms of plans_cuda."""
     streams = {configs.stream_kernel(M) for M in ROWS}
-    several = {plan.value for plan in (CudaPlan.PANEL, CudaPlan.FUSED, CudaPlan.EPILOGUE)}
+    several = {plan.value for plan in (CudaPlan.FUSED, CudaPlan.EPILOGUE)}
     asked = set(itertools.product(streams, DTYPES, range(1, plans_cuda.MAX_STREAM + 1)))
     return asked | set(itertools.product(several, DTYPES, range(1, plans_cuda.MAX_RESULTS + 1)))
 
@@ -80,16 +80,15 @@ def test_a_key_is_that_of_the_fewest_terms_that_hold_a_call(precision):
 
 
 def test_the_key_says_nothing_of_the_batch(monkeypatch):
-    """The tiles of a layer are those of its weights: rows change the number of programs alone."""
+    """The tiles of a layer are those of its weights, but for stream's height: rows change the number of programs."""
     assert list(inspect.signature(configs.key).parameters) == ["kernel", "dtype", "n", "convolution"]
     started = []
     monkeypatch.setattr(_launch, "run", lambda kernel, grid, args, meta: started.append(meta))
-    A, F, V = torch.zeros(4, 4, 4), torch.zeros(4, 40, 48), torch.zeros(7, 4)
+    F, V = torch.zeros(4, 40, 48), torch.zeros(7, 4)
     metas = []
     for rows in ROWS[1:]:
         x = torch.zeros(rows, 192)
         started.clear()
-        phm_linear.phm_linear(x, A, F, None, None, None, "none", CudaPlan.PANEL)
         for plan in (CudaPlan.FUSED, CudaPlan.EPILOGUE, CudaPlan.PASSES):
             phm_linear_factored.phm_linear_factored(x, V.mT[:4].mT, V, V, F, None, None, None, "none", plan)
         metas.append(list(started))
@@ -100,8 +99,8 @@ def test_the_key_says_nothing_of_the_batch(monkeypatch):
 def test_a_call_has_the_entry_of_its_card(monkeypatch, capability, arch):
     monkeypatch.setattr(configs, "capability", lambda device: capability)
     own = {0: TILE, arch: TILE._replace(stages=4)}
-    monkeypatch.setitem(configs.TABLE, configs.key("panel", torch.bfloat16, 4), own)
-    tile = configs.config("panel", torch.bfloat16, 4, 4096, torch.device("cpu"), lambda tile: None)
+    monkeypatch.setitem(configs.TABLE, configs.key("epilogue", torch.bfloat16, 4), own)
+    tile = configs.config("epilogue", torch.bfloat16, 4, 4096, torch.device("cpu"), lambda tile: None)
     assert tile == own[arch]
 
 
@@ -124,7 +123,7 @@ class Card:
             raise time
         return time
 
-    def config(self, p: int = 4096, kernel: str = "panel") -> Config:
+    def config(self, p: int = 4096, kernel: str = "epilogue") -> Config:
         """As in a process that has not called it before."""
         configs._known.cache_clear()
         return configs.config(kernel, torch.bfloat16, 4, p, CUDA, self.run)
@@ -136,7 +135,7 @@ def card(monkeypatch, tmp_path):
     monkeypatch.setenv("PHYDI_AUTOTUNE", "1")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(configs, "capability", lambda device: 89)
-    tiles = {("panel", "16-bit", 4): {0: TILE}, ("stream16", "16-bit", 8): {0: Config(16, 64, 32, 4, 4)}}
+    tiles = {("epilogue", "16-bit", 4): {0: TILE}, ("stream16", "16-bit", 8): {0: Config(16, 64, 32, 4, 4)}}
     monkeypatch.setattr(configs, "TABLE", tiles)
     monkeypatch.setattr(configs, "measure", card.measure)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
@@ -145,7 +144,7 @@ def card(monkeypatch, tmp_path):
     return card
 
 
-NAME = "panel/16-bit/4/128"
+NAME = "epilogue/16-bit/4/128"
 TILE = Config(64, 128, 32, 8, 3)
 FASTEST = list(configs.neighbours(TILE))[5]
 
@@ -186,7 +185,7 @@ def test_cards_and_layers_have_entries_of_their_own(card):
     card.config(kernel="stream16")
     stored = configs.load_cache(configs.cache_file())
     assert stored["Card A"] == {NAME: TILE}
-    assert set(stored["Card B"]) == {NAME, "panel/16-bit/4/64", "stream16/16-bit/8/64"}
+    assert set(stored["Card B"]) == {NAME, "epilogue/16-bit/4/64", "stream16/16-bit/8/64"}
     card.name = "Card A"
     assert card.config() == TILE
 
@@ -201,7 +200,7 @@ def test_what_another_process_stored_meanwhile_stays(card):
             configs.save_cache(path, "Card A", {"other/key": other})
             configs.save_cache(path, "Card B", {"other/key": other})
 
-    configs.config("panel", torch.bfloat16, 4, 4096, CUDA, run)
+    configs.config("epilogue", torch.bfloat16, 4, 4096, CUDA, run)
     stored = configs.load_cache(path)
     assert stored["Card B"] == {"other/key": other}
     assert stored["Card A"] == {"other/key": other, NAME: TILE}
@@ -237,7 +236,7 @@ def test_a_file_that_cannot_be_written_is_named(card, tmp_path):
 def test_a_call_reads_no_file(card, monkeypatch):
     card.config()
     monkeypatch.setattr(configs, "load_cache", None)
-    assert configs.config("panel", torch.bfloat16, 4, 4096, CUDA, card.run) == TILE
+    assert configs.config("epilogue", torch.bfloat16, 4, 4096, CUDA, card.run) == TILE
 
 
 @pytest.mark.parametrize(
@@ -306,5 +305,5 @@ def test_nothing_is_measured_or_read_without_the_variable(card, monkeypatch, val
 
 
 def test_nothing_is_measured_where_no_card_computes(card):
-    tile = configs.config("panel", torch.bfloat16, 4, 4096, torch.device("cpu"), card.run)
+    tile = configs.config("epilogue", torch.bfloat16, 4, 4096, torch.device("cpu"), card.run)
     assert tile == TILE and not card.ran

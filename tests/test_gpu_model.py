@@ -233,7 +233,7 @@ def test_which_plans_serve_which_weights(model, h100, layer):
 
     # A layer of 8192 rows; two panels of 16 MiB.
     built = ["H", "H", "library", "H", "H", "library"]
-    assert plans("learned A", 4) == {"stream": ["stream_product"], "built": built, "panel": ["panel_product"]}
+    assert plans("learned A", 4) == {"stream": ["stream_product"], "built": built}
     assert plans("prepacked", 4) == {
         "passes": ["pre-add", "library", "post-add"],
         "fused": ["rank_product"],
@@ -245,7 +245,6 @@ def test_which_plans_serve_which_weights(model, h100, layer):
         "epilogue": ["F-hat", "pre-add", "rank_product"],
         "stream": ["structure", "stream_product"],
         "built": ["structure", *built],
-        "panel": ["structure", "panel_product"],
     }
     # Eight results do not fit in registers.
     assert plans("factored", 8).keys() == {"passes", "stream", "built"}
@@ -262,7 +261,7 @@ def test_a_stream_has_the_tile_and_the_parts_of_its_rows(model, h100, layer):
     few = replace(layer, rows=64)
     stream, *_ = model.bounds(h100, few, "learned A", kernel)
     # 64 rows of 4 blocks, and 1024 features of 4: 32 tiles, so 4 parts for 132 SMs.
-    assert asked == ["stream256", "panel"]
+    assert asked == ["stream256"]
     assert stream == model.stream(h100, few, tile, 4) != model.stream(h100, few, tile, 8)
 
 
@@ -313,23 +312,6 @@ def test_forming_x_hat_on_load_draws_all_blocks_of_x(model, h100, layer):
     assert found == pytest.approx(clocks)
 
 
-def test_panel_loads_n_tiles_of_f_for_n_products(model, h100, layer):
-    (bound,) = model.panel(h100, layer, model.Kernel(128, 64, 32, 8)).kernels
-    # 64 tiles of rows, 16 of the features of all blocks; each block of x, each 32 of its features.
-    steps = math.ceil(64 * 16 / 132) * 4 * 32
-    arriving = (128 + 4 * 64) * 32 * 2
-    # Threads read the tiles of F and write those of H; two instructions have 128 rows.
-    shared = arriving + (2 * 4 * 64 + 4 * (128 + 2 * 64)) * 32 * 2
-    clocks = {
-        "tensor cores": steps * 4 * 128 * 64 * 32 / 2048,
-        "shared memory": steps * shared / 128,
-        "L2": (132 * steps * arriving + 8192 * 4096 * 2) / 5120,
-    }
-    for resource, expected in clocks.items():
-        assert bound.by_resource[resource] == pytest.approx(expected / (1.83e9 * 0.73))
-    assert bound.by_resource["DRAM"] == pytest.approx((2 * 8192 * 4096 * 2 + 4096 * 4096 * 2 / 4) / (3.35e12 * 0.8))
-
-
 def test_weights_are_combined_at_a_call_unless_prepacked(model, h100, layer):
     # 7/16 of 33.5 MB, which stay in L2 for the products; of 134 MB they do not.
     for width, resident in ((4096, True), (8192, False)):
@@ -358,11 +340,11 @@ def test_the_stored_bounds_follow_from_the_machine_code(model, results):
 
 def test_the_machine_code_of_a_kernel_is_found(model, h100, layer):
     configs = pytest.importorskip("phydi_kernels.kernels.gpu.configs")
-    tile = configs.fixed("panel", torch.bfloat16, 4, 1024, 90)
+    tile = configs.fixed("stream256", torch.bfloat16, 4, 1024, 90)
     right = {
         "dtype": "bfloat16",
         "arch": 90,
-        "case": "phm_linear panel n=4 4096 features batch 8192 epilogue",
+        "case": "phm_linear stream n=4 4096 features batch 8192 epilogue",
         "tile": "x".join(map(str, tile[:3])),
         "warps": tile.warps,
         "loop": {"fma": 64},
@@ -370,14 +352,14 @@ def test_the_machine_code_of_a_kernel_is_found(model, h100, layer):
     others = {
         "dtype": "float16",
         "arch": 80,
-        "case": "phm_linear panel n=4 4096 features batch 8192 transposed",
+        "case": "phm_linear stream n=4 4096 features batch 8192 transposed",
         "tile": "16x16x16",
         "warps": tile.warps + 1,
     }
     wrong = [right | {key: value, "loop": {}} for key, value in others.items()]
-    wrong.append(right | {"case": "phm_linear stream n=4 4096 features batch 1 epilogue", "loop": {}})
-    wrong.append(right | {"case": "phm_linear panel n=8 8192 features batch 8192 epilogue", "loop": {}})
-    assert model.compiled({"rows": [*wrong, right]}, h100, layer, "panel") == model.Kernel(*tile[:4], {"fma": 64})
+    wrong.append(right | {"case": "phm_linear built n=4 4096 features batch 8192 epilogue", "loop": {}})
+    wrong.append(right | {"case": "phm_linear stream n=8 8192 features batch 8192 epilogue", "loop": {}})
+    assert model.compiled({"rows": [*wrong, right]}, h100, layer, "stream256") == model.Kernel(*tile[:4], {"fma": 64})
 
 
 def test_missing_machine_code_is_named(model, h100, layer):

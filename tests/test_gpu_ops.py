@@ -173,11 +173,9 @@ def nothing_starts(monkeypatch) -> list[Any]:
 
 
 LEGAL = {
-    "phm_linear": (CudaPlan.STREAM, CudaPlan.PANEL, CudaPlan.BUILT),
-    "phm_linear_factored": tuple(
-        CudaPlan[name] for name in ("STREAM", "PANEL", "BUILT", "FUSED", "EPILOGUE", "PASSES")
-    ),
-    "phc_conv": (CudaPlan.PANEL, CudaPlan.BUILT),
+    "phm_linear": (CudaPlan.STREAM, CudaPlan.BUILT),
+    "phm_linear_factored": tuple(CudaPlan[name] for name in ("STREAM", "BUILT", "FUSED", "EPILOGUE", "PASSES")),
+    "phc_conv": (CudaPlan.STREAM, CudaPlan.BUILT),
     "phc_conv_factored": (CudaPlan.FUSED, CudaPlan.EPILOGUE, CudaPlan.PASSES),
 }
 

@@ -21,7 +21,7 @@ PROJECTIONS = ((4096, 4096), (14336, 4096), (4096, 14336), (8192, 8192))
 RANKS = {2: 3, 4: 7, 8: 24}
 POWERS = [2**e for e in range(17)]
 
-LINEAR = {CudaPlan.STREAM, CudaPlan.PANEL, CudaPlan.BUILT}
+LINEAR = {CudaPlan.STREAM, CudaPlan.BUILT}
 SUPPORTED = {"dtype": torch.bfloat16, "capability": 90}
 BLOCKS = {"n": 4, "P": 4, "Q": 4}
 # Each function, a call of it that is computed by kernels, and the most blocks that it takes.
@@ -234,8 +234,8 @@ def test_every_convolution_has_a_plan_that_takes_it(
     if not supported or max(n, P, Q) > 32:
         assert plan is CudaPlan.COMPOSED
     else:
-        assert plan in ((CudaPlan.BUILT, CudaPlan.PANEL) if kernel else (CudaPlan.MIX,))
-        assert plan is not CudaPlan.PANEL or (implicit and max(n, P) <= 4)
+        assert plan in ((CudaPlan.BUILT, CudaPlan.STREAM) if kernel else (CudaPlan.MIX,))
+        assert plan is not CudaPlan.STREAM or (implicit and max(n, P, Q) <= 8)
     sizes = (pixels, outputs, n, P, Q, p, q, kernel, R)
     plan = plans_cuda.phc_conv_factored(*sizes, combines, dtype, tf32, capability)
     _check_factored(plan, n, P, Q, R, dtype, capability, dense=False)
@@ -251,24 +251,23 @@ def test_every_convolution_has_a_plan_that_takes_it(
 )
 def test_kernels_of_few_taps_are_implicit(kernel, implicit):
     """No input gradient of a stride is, for which the kernel is ()."""
-    expected = CudaPlan.PANEL if implicit else CudaPlan.BUILT if kernel else CudaPlan.MIX
+    expected = CudaPlan.STREAM if implicit else CudaPlan.BUILT if kernel else CudaPlan.MIX
     assert plans_cuda.phc_conv(64, 4, 4, 4, 64, 1, kernel, torch.bfloat16, False, 90) is expected
     sizes = (4096, 4096, 4, 4, 4, 64, 8, kernel, 7)
     plan = plans_cuda.phc_conv_factored(*sizes, False, torch.bfloat16, False, 90)
     assert (plan is not CudaPlan.PASSES) == implicit
 
 
-def test_large_algebras_form_no_tiles_of_the_dense_weight():
-    """A tile of stream holds at most eight, one of panel keeps four results."""
+def test_large_algebras_are_not_streamed():
+    """A tile of stream holds at most eight blocks."""
     for name in BLOCKS:
         blocks = {**BLOCKS, name: 9}
         few = {"rows": 1, "p": 1024, "q": 1024, "R": 7, "combines": False, "tf32": False}
         plan = plans_cuda.phm_linear_factored(**blocks, **SUPPORTED, **few)
-        assert plan not in (CudaPlan.STREAM, CudaPlan.PANEL)
-        for changed in (4, 5):
+        assert plan is not CudaPlan.STREAM
+        for changed, expected in ((8, CudaPlan.STREAM), (9, CudaPlan.BUILT)):
             small = {"outputs": 64, "p": 64, "q": 8, "kernel": (1, 1), "tf32": False}
-            plan = plans_cuda.phc_conv(**{**BLOCKS, name: changed}, **SUPPORTED, **small)
-            assert plan is (CudaPlan.PANEL if changed == 4 or name == "Q" else CudaPlan.BUILT)
+            assert plans_cuda.phc_conv(**{**BLOCKS, name: changed}, **SUPPORTED, **small) is expected
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
@@ -280,7 +279,7 @@ def test_activations_that_outweigh_the_weights_are_read_once(capability):
 
 
 def test_weights_to_combine_speak_for_the_plans_of_A():
-    """stream and panel read F itself: what they win against without the combination they win against with it."""
+    """stream reads F itself: what they win against without the combination they win against with it."""
     changed = 0
     for n, rows in itertools.product(RANKS, POWERS):
         for p, q in _features(n):

@@ -86,19 +86,18 @@ def _geometry(problem: Problem, dims: int) -> dict[str, list[int]]:
 def _plans(blocks: tuple[int, int, int], kernel: tuple[int, ...] | None, factored: bool) -> tuple[CudaPlan, ...]:
     """What plans_cuda may choose for A (n, P, Q); ``kernel``: None of a linear layer, () of no convolution."""
     n, P, Q = blocks
-    formed = (CudaPlan.PANEL,) if max(n, P) <= plans_cuda.MAX_RESULTS else ()
+    streamed = (CudaPlan.STREAM,) if max(blocks) <= plans_cuda.MAX_STREAM else ()
     of_terms = (CudaPlan.EPILOGUE,) if P <= plans_cuda.MAX_RESULTS else ()
     if of_terms and Q <= plans_cuda.MAX_FUSED_INPUTS:
         of_terms += (CudaPlan.FUSED,)
     if kernel is None:
-        mixed = (CudaPlan.STREAM,) if max(blocks) <= plans_cuda.MAX_STREAM else ()
-        dense = (*formed, *mixed, CudaPlan.BUILT)
+        dense = (*streamed, CudaPlan.BUILT)
         return (*dense, *of_terms, CudaPlan.PASSES) if factored else dense
     # No kernel is for three dimensions.
     implicit = len(kernel) in (1, 2)
     if factored:
         return (*(of_terms if implicit else ()), CudaPlan.PASSES)
-    return (*(formed if implicit else ()), CudaPlan.BUILT) if kernel else (CudaPlan.MIX,)
+    return (*(streamed if implicit else ()), CudaPlan.BUILT) if kernel else (CudaPlan.MIX,)
 
 
 def calls(

@@ -15,9 +15,9 @@ from phydi_kernels import reference
 from phydi_kernels.kernels.gpu import _launch
 from phydi_kernels.kernels.gpu.combine import block_dots, combine
 from phydi_kernels.kernels.gpu.configs import Config
-from phydi_kernels.kernels.gpu.panel_product import Window, panel_product, rows_window
 from phydi_kernels.kernels.gpu.rank_product import rank_product
 from phydi_kernels.kernels.gpu.stream_product import stream_product
+from phydi_kernels.kernels.gpu.window import Window, rows_window
 
 pytestmark = pytest.mark.usefixtures("guarded")
 
@@ -91,25 +91,23 @@ def _expected(x: Tensor, V: Tensor, W: Tensor, F: Tensor, residual: Tensor) -> T
 
 def _run(kernel: str, x: Tensor, V: Tensor, W: Tensor, F: Tensor, residual: Tensor) -> Tensor:
     """``x`` is X-hat (R, ...) for "epilogue"."""
-    if kernel == "stream":
-        # Three steps over q in three parts.
-        return stream_product(x, reference.structure(None, V, W), F[:, :, 0], None, residual, None, False, TILE, 3)
     pixels = x[0] if kernel == "epilogue" else x
     if F.shape[2] == 1:
         window = rows_window(pixels.stride(0))
     else:
         window = Window((3, 3), (3, 3), (3, 3), padding=(1, 1), strides=pixels.stride()[:3])
-    if kernel == "panel":
+    if kernel == "stream":
+        # Three steps over q for each tap, in three parts.
         A = reference.structure(None, V, W)
-        return panel_product(x, A, F, None, residual, None, False, window, TILE)
+        return stream_product(x, A, F, None, residual, None, False, window, TILE, 3)
     return rank_product(x, V, W if kernel == "fused" else None, F, None, residual, None, False, window, TILE)
 
 
 _OF_ROWS = (("x", 0), ("x", 1), ("F", 0), ("F", 1), ("F", 3), ("residual", 0), ("residual", 1), ("out", 0))
 _OF_IMAGES = (*(("x", i) for i in range(4)), ("F", 2))
 CASES = [
-    *((kernel, False, *case) for kernel in ("stream", "panel", "fused") for case in _OF_ROWS),
-    *((kernel, True, *case) for kernel in ("panel", "fused") for case in _OF_IMAGES),
+    *((kernel, False, *case) for kernel in ("stream", "fused") for case in _OF_ROWS),
+    *((kernel, True, *case) for kernel in ("stream", "fused") for case in _OF_IMAGES),
     *(("epilogue", image, "x", axis) for image, axes in ((False, 3), (True, 5)) for axis in range(axes)),
 ]
 

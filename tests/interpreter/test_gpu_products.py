@@ -1,4 +1,4 @@
-"""Tiles, splits and precision of the three products."""
+"""Tiles, splits and precision of the products."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from op_checks import double, draw
 from phydi_kernels import reference
 from phydi_kernels.kernels.gpu import _launch, configs
 from phydi_kernels.kernels.gpu.configs import TABLE, Config
-from phydi_kernels.kernels.gpu.panel_product import GROUP, tile_of
 from phydi_kernels.kernels.gpu.stream_product import stream_product
+from phydi_kernels.kernels.gpu.window import GROUP, rows_window, tile_of
 from phydi_kernels.plans_cuda import CudaPlan, power_of_two
 
 pytestmark = pytest.mark.usefixtures("guarded")
@@ -49,12 +49,14 @@ def test_split_sums(sizes, splits):
     # Bias and alpha are contiguous.
     tensors = {name: (red_zone if name in ("bias", "alpha") else every_second)(t) for name, t in tensors.items()}
     for activation in ("none", "relu"):
-        y = stream_product(*tensors.values(), activation == "relu", Config(32, 16, 8, 4, 2), splits)
+        x, A, F, *rest = tensors.values()
+        window = rows_window(x.stride(0))
+        y = stream_product(x, A, F.unsqueeze(2), *rest, activation == "relu", window, Config(32, 16, 8, 4, 2), splits)
         expected = reference.phm_linear(**double(tensors), activation=activation)
         assert_exact({"y": y}, {"y": expected}, torch.float32)
 
 
-_PLANS = {"panel": CudaPlan.PANEL, "fused": CudaPlan.FUSED, "epilogue": CudaPlan.EPILOGUE}
+_PLANS = {"stream": CudaPlan.STREAM, "fused": CudaPlan.FUSED, "epilogue": CudaPlan.EPILOGUE}
 ENTRIES = {
     (kernel.rstrip("0123456789"), of_type == "16-bit", most, tile)
     for (kernel, of_type, most), entries in TABLE.items()
@@ -76,7 +78,7 @@ def test_tiles_of_the_table(kernel, half, most, tile, monkeypatch):
     if kernel in ("fused", "epilogue"):
         problem = factored(problem, 3)
     call = next(calls(problem, dtype=torch.float16 if half else torch.float32))
-    replace(call, plans=(_PLANS.get(kernel, CudaPlan.STREAM),)).check_exact()
+    replace(call, plans=(_PLANS[kernel],)).check_exact()
 
 
 @pytest.mark.parametrize("p", (5, 40, 70))
@@ -109,8 +111,8 @@ def test_precision_follows_torch(setting, expected, precisions):
         precisions.clear()
         call = next(calls(factored(linear((3,), 2, 3, 2, 3, 5), 3), dtype=dtype))
         call.check_exact()
-        assert {plan.value for plan in call.plans} == {"stream", "panel", "built", "fused", "epilogue", "passes"}
-        assert precisions == [(dtype, expected if dtype is torch.float32 else "ieee")] * 4
+        assert {plan.value for plan in call.plans} == {"stream", "built", "fused", "epilogue", "passes"}
+        assert precisions == [(dtype, expected if dtype is torch.float32 else "ieee")] * 3
 
 
 def test_float32_products_are_exact_by_default():

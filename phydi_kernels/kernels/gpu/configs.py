@@ -34,15 +34,15 @@ class Config(NamedTuple):
 
 # Kernel, type, most terms (n, or P for the kernels of R products) -> {architecture: tiles}; 0 where none is named.
 TABLE: dict[tuple[str, str, int], dict[int, Config]] = {
-    ("stream16", "16-bit", 8): {0: Config(16, 128, 64, 4, 4)},
+    ("stream16", "16-bit", 8): {0: Config(16, 128, 64, 4, 4), 89: Config(16, 128, 32, 4, 4)},
     ("stream16", "tf32", 8): {0: Config(16, 128, 32, 4, 4)},
-    ("stream16", "ieee", 8): {0: Config(16, 64, 16, 4, 3)},
+    ("stream16", "ieee", 8): {0: Config(16, 64, 16, 4, 3), 120: Config(16, 64, 32, 4, 3)},
     ("stream64", "16-bit", 8): {0: Config(64, 128, 64, 4, 4)},
     ("stream64", "tf32", 8): {0: Config(64, 128, 32, 4, 4)},
     ("stream64", "ieee", 8): {0: Config(64, 64, 16, 4, 3)},
     ("stream128", "16-bit", 8): {0: Config(128, 128, 64, 8, 3)},
     ("stream128", "tf32", 8): {0: Config(128, 128, 32, 8, 3)},
-    ("stream128", "ieee", 8): {0: Config(128, 64, 16, 8, 3)},
+    ("stream128", "ieee", 8): {0: Config(64, 64, 16, 4, 3)},
     # On sm_100 the sums over i and l of two terms leave no registers for the larger tile.
     ("stream256", "16-bit", 2): {
         0: Config(256, 128, 32, 8, 3),
@@ -60,24 +60,7 @@ TABLE: dict[tuple[str, str, int], dict[int, Config]] = {
         90: Config(256, 128, 32, 8, 3),
         100: Config(256, 128, 32, 8, 3),
     },
-    ("stream256", "ieee", 8): {0: Config(128, 64, 16, 8, 3)},
-    ("panel", "16-bit", 2): {
-        0: Config(128, 64, 32, 8, 3),
-        90: Config(128, 128, 32, 8, 3),
-        100: Config(128, 128, 32, 8, 3),
-    },
-    ("panel", "16-bit", 4): {
-        0: Config(128, 32, 32, 8, 3),
-        90: Config(128, 64, 32, 8, 3),
-        100: Config(128, 64, 32, 8, 3),
-    },
-    ("panel", "tf32", 4): {
-        0: Config(64, 64, 16, 8, 3),
-        80: Config(64, 64, 16, 8, 2),
-        89: Config(64, 32, 16, 8, 3),
-        120: Config(64, 64, 16, 8, 2),
-    },
-    ("panel", "ieee", 4): {0: Config(64, 32, 16, 8, 3)},
+    ("stream256", "ieee", 8): {0: Config(64, 64, 16, 4, 3)},
     ("fused", "16-bit", 2): {0: Config(128, 64, 32, 8, 3)},
     ("fused", "16-bit", 4): {0: Config(64, 128, 32, 8, 3)},
     ("fused", "tf32", 4): {0: Config(64, 64, 16, 8, 3), 120: Config(64, 32, 16, 8, 3)},

@@ -1,6 +1,6 @@
 """Drivers of phydi::phc_conv{1,2,3}d and their gradients.
 
-* panel: implicit GEMM in channels_last, tiles of H formed in registers.
+* stream: implicit GEMM in channels_last, all products of blocks weighted by A in registers.
 * built: torch's convolution with panels of H that L2 holds; its result is read once, with the epilogue.
 * mix: torch's gradient of F's input, of mixed gradients, input block l as an extra batch: where the input's gradient
   is no convolution.
@@ -17,9 +17,8 @@ from ...plans_cuda import CudaPlan
 from ..phc_conv import convolution_backward, output_size, planar, planar_geometry, reversed_filters
 from ._launch import deterministic
 from .combine import combine
-from .configs import Config, config
-from .panel_product import Window, panel_product
-from .phm_linear import as_rows, blocks, contiguous, panels_of_H, split_panels
+from .phm_linear import as_rows, blocks, contiguous, panels_of_H, split_panels, stream
+from .window import Window
 
 
 def as_pixels(t: Tensor) -> Tensor:
@@ -65,13 +64,9 @@ def phc_conv(
     rest = None if residual is None else as_rows(as_pixels(residual))
     bias, alpha = contiguous(bias, alpha)
     relu = activation == "relu"
-    if plan is CudaPlan.PANEL:
-        place, weights = window(pixels, size, kernel, stride, padding, dilation), taps_first(F)
-
-        def run(tile: Config) -> Tensor:
-            return panel_product(pixels, A, weights, bias, rest, alpha, relu, place, tile)
-
-        y = run(config("panel", x.dtype, max(n, P), p, x.device, run, convolution=True))
+    if plan is CudaPlan.STREAM:
+        place = window(pixels, size, kernel, stride, padding, dilation)
+        y = stream(pixels, A, taps_first(F), bias, rest, alpha, relu, place)
         return as_images(y.view(len(x), *size, P * p))
     geometry = (stride, padding, dilation)
     return as_images(built(as_images(pixels), A, F, geometry, bias, rest, alpha, relu).view(len(x), *size, P * p))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -12,8 +13,8 @@ from . import capability
 from ._launch import product
 from .combine import block_dots, combine
 from .configs import Config, config, stream_kernel
-from .panel_product import panel_product, rows_window
 from .stream_product import stream_product
+from .window import Window, rows_window
 
 
 def blocks(rows: Tensor, count: int) -> Tensor:
@@ -46,21 +47,30 @@ def phm_linear(
     relu = activation == "relu"
     if plan is CudaPlan.BUILT:
         return built(rows, A, F, bias, rest, alpha, relu).view(*x.shape[:-1], P * p)
-    if plan is CudaPlan.STREAM:
-        M, N = stream_size(len(rows), Q), stream_size(p, n)
-        kernel, terms = stream_kernel(M), n
-
-        def run(tile: Config) -> Tensor:
-            splits = stream_splits(M, N, q, tile[:3], capability(x.device))
-            return stream_product(rows, A, F, bias, rest, alpha, relu, tile, splits)
-    else:
-        kernel, terms, window = "panel", max(n, P), rows_window(rows.stride(0))
-
-        def run(tile: Config) -> Tensor:
-            return panel_product(rows, A, F.unsqueeze(2), bias, rest, alpha, relu, window, tile)
-
-    y = run(config(kernel, x.dtype, terms, p, x.device, run))
+    y = stream(rows, A, F.unsqueeze(2), bias, rest, alpha, relu, rows_window(rows.stride(0)))
     return y.view(*x.shape[:-1], P * p)
+
+
+def stream(
+    x: Tensor,
+    A: Tensor,
+    F: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    alpha: Tensor | None,
+    relu: bool,
+    window: Window,
+) -> Tensor:
+    """stream_product with the tiles and the parts that fit, F (n, p, taps, q)."""
+    n, _, Q = A.shape
+    _, p, taps, q = F.shape
+    M, N = stream_size(len(x) * math.prod(window.out_size), Q), stream_size(p, n)
+
+    def run(tile: Config) -> Tensor:
+        splits = stream_splits(M, N, taps * q, tile[:3], capability(x.device))
+        return stream_product(x, A, F, bias, residual, alpha, relu, window, tile, splits)
+
+    return run(config(stream_kernel(M), x.dtype, n, p, x.device, run, convolution=window.image))
 
 
 def built(

@@ -10,9 +10,9 @@ from . import phm_linear as dense
 from ._launch import product
 from .combine import block_dots, combine, structure
 from .configs import Config, config
-from .panel_product import rows_window
 from .phm_linear import as_rows, blocks, contiguous
 from .rank_product import rank_product
+from .window import rows_window
 
 
 def combined_weights(U: Tensor | None, F: Tensor) -> Tensor:
@@ -43,7 +43,7 @@ def phm_linear_factored(
     activation: str,
     plan: CudaPlan,
 ) -> Tensor:
-    if plan in (CudaPlan.STREAM, CudaPlan.PANEL, CudaPlan.BUILT):
+    if plan in (CudaPlan.STREAM, CudaPlan.BUILT):
         return dense.phm_linear(x, structure(U, V, W), F, bias, residual, alpha, activation, plan)
     P, p = V.shape[1], F.shape[1]
     rows, rest = as_rows(x), None if residual is None else as_rows(residual)

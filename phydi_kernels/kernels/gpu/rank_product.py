@@ -1,7 +1,7 @@
 """y_k = sum_r V[r,k] F-hat_r x-hat_r in one kernel: R products, each added to P results as soon as it is there.
 
 x-hat_r = sum_l W[r,l] x_l is formed where it is used (``W`` given), or read. Nothing but y is written. As in
-panel_product the rows are those of a linear layer or the pixels of channels_last images.
+stream_product the rows are those of a linear layer or the pixels of channels_last images.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ...plans_cuda import cdiv
 from ._launch import alpha_kind, dot_type, launch, precision
 from .combine import epilogue
 from .configs import Config
-from .panel_product import Window, place_in_image, tile_of
+from .window import Window, place_in_image, tile_of
 
 
 @triton.jit(do_not_specialize=["B"])
