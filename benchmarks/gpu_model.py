@@ -9,9 +9,12 @@ A kernel takes at least the time of its scarcest resource. Per K step of a tile,
                  a warp's loads and stores; L1 is the same memory
 * L2             (bytes loaded) * SMs / (bytes a clock of the whole L2)
 
-The busiest SM has ceil(tiles / SMs) tiles. DRAM: bytes / bandwidth, weights always, and activations which do not fit in
-half of L2 (a cache line may be there twice, once for each half of the chip). A layer is the sum of its kernels, and of
-a gap for each. The dense layer has the same rules, and the same two fractions of the peak figures:
+The busiest SM has ceil(tiles / SMs) tiles. Instructions of a tile outside its main loop (addresses before it; behind
+it the sums over blocks, the epilogue and the stores) count once a tile, of a library's kernels not at all; that a lone
+tile's products have to end before its sums begin does not count. DRAM: bytes / bandwidth, weights always, and
+activations which do not fit in half of L2 (a cache line may be there twice, once for each half of the chip). A layer
+is the sum of its kernels, and of a gap for each. The dense layer has the same rules, and the same two fractions of the
+peak figures:
 
 * SUSTAINED of everything on the chip: 700 of 989 TFLOP/s for large products on an H100, with the tiles' last wave
 * MEMORY_SUSTAINED of DRAM: 2.7 of 3.35 TB/s
@@ -103,7 +106,8 @@ H100 = CARDS[1]
 class Kernel:
     """A tile of ``M`` rows by ``N`` features, ``K`` deep in a step of the main loop, by ``warps`` warps.
 
-    ``loop``: instructions of a warp in a step by class; without them (a library's kernel) only data bound it.
+    ``loop``: instructions of a warp in a step by class, ``outside``: in a tile before and after its steps; without
+    them (a library's kernel) only data bound it.
     """
 
     M: int
@@ -111,6 +115,7 @@ class Kernel:
     K: int
     warps: int
     loop: Mapping[str, int] | None = None
+    outside: Mapping[str, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -205,6 +210,16 @@ def step_clocks(
         "FP32 lanes": loop.get("fma", 0) * kernel.warps * WARP / card.fp32_lanes,
         "shared memory": max((arriving + staged + reads) / SHARED_BYTES, accesses + apart),
         "L2": arriving * card.sms / card.l2_bytes,
+    }
+
+
+def around(card: Card, kernel: Kernel) -> dict[str, float]:
+    """Clocks of one SM by resource for what a tile does before its first step and after its last."""
+    outside = kernel.outside or {}
+    return {
+        "issue": sum(outside.values()) * kernel.warps / ISSUE_SLOTS,
+        "FP32 lanes": outside.get("fma", 0) * kernel.warps * WARP / card.fp32_lanes,
+        "shared memory": sum(outside.get(access, 0) for access in ACCESSES) * kernel.warps,
     }
 
 
@@ -315,7 +330,7 @@ def rank_product(card: Card, layer: Layer, kernel: Kernel, formed_on_load: bool,
     weights = layer.rank * layer.p * layer.q * size
     dram = from_dram(card, read, written) + of_weights(card, weights, not prepacked)
     steps = layer.rank * math.ceil(layer.q / kernel.K)
-    return bound(card, "rank_product", step, tiles, steps, dram, written)
+    return bound(card, "rank_product", step, tiles, steps, dram, written, around(card, kernel))
 
 
 def fused(card: Card, layer: Layer, kernel: Kernel, prepacked: bool) -> LayerBound:
@@ -341,9 +356,6 @@ def stream(card: Card, layer: Layer, kernel: Kernel, splits: int) -> LayerBound:
     x = n * min(kernel.M * layer.rows // rows, layer.rows) * kernel.K
     F = n * min(kernel.N * layer.p // features, layer.p) * kernel.K
     step = step_clocks(card, kernel, layer.dtype, (x + F) * size, operand_reads(card, kernel, transposed=True) * size)
-    # y_k = sum_{i,l} A[i,k,l] Z[i,l] for each k.
-    sums = n * kernel.M * kernel.N
-    once = {"FP32 lanes": sums / card.fp32_lanes, "issue": sums / WARP / ISSUE_SLOTS}
     tiles = math.ceil(rows / kernel.M) * math.ceil(features / kernel.N)
     read, written = layer.rows * layer.inputs * size, layer.rows * layer.outputs * size
     steps = math.ceil(math.ceil(layer.q / kernel.K) / splits)
@@ -351,7 +363,7 @@ def stream(card: Card, layer: Layer, kernel: Kernel, splits: int) -> LayerBound:
     parts = 4 * splits * layer.rows * layer.outputs
     out = written if splits == 1 else parts
     dram = from_dram(card, read, out) + n * layer.p * layer.q * size
-    kernels = (bound(card, "stream_product", step, tiles * splits, steps, dram, out, once),)
+    kernels = (bound(card, "stream_product", step, tiles * splits, steps, dram, out, around(card, kernel)),)
     if splits > 1:
         kernels += (combine(card, "sum of parts", [parts, written]),)
     return LayerBound("stream", kernels)
@@ -382,7 +394,7 @@ def bounds(card: Card, layer: Layer, form: str, kernel: Callable[[str], Kernel])
     """
     if form == "learned A":
         M, N = (plans_cuda.stream_size(count, layer.n) for count in (layer.rows, layer.p))
-        of_stream = kernel(f"stream{plans_cuda.stream_tile(M)}")
+        of_stream = kernel(f"stream{plans_cuda.stream_tile(M, *[layer.n] * 3, layer.p, layer.q)}")
         tile = (of_stream.M, of_stream.N, of_stream.K)
         splits = plans_cuda.stream_splits(M, N, layer.q, tile, card.capability)
         return [stream(card, layer, of_stream, splits), built(card, layer)]
@@ -408,7 +420,7 @@ def compiled(static: Mapping[str, Any], card: Card, layer: Layer, name: str) -> 
     for row in static["rows"]:
         if (row["dtype"], row["arch"], row["tile"], row["warps"]) == (layer.dtype, card.capability, sizes, tile.warps):
             if row["case"].startswith(case) and row["case"].endswith(" epilogue"):
-                return Kernel(*tile[:4], row["loop"])
+                return Kernel(*tile[:4], row["loop"], row["outside"])
     raise ValueError(f"no figures of {name} {sizes} for n={layer.n}, sm_{card.capability}: run gpu_static.py")
 
 

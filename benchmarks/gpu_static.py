@@ -19,7 +19,7 @@ import re
 import sys
 import time
 import tokenize
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -197,6 +197,21 @@ def _conv_cases(n: int) -> Iterator[tuple[str, Call]]:
             yield name, partial(conv_factored_grads, plan, n, block, kernel, stride)
 
 
+def linear_of_any_sizes(n: int, P: int, Q: int, p: int, q: int, rows: int, dtype: torch.dtype) -> None:
+    """A streamed phm_linear call whose blocks differ in number, or in sizes that 16 does not divide."""
+    x, A, F = _tensor(dtype, rows, Q * q), _tensor(dtype, n, P, Q), _tensor(dtype, n, p, q)
+    phm_linear.phm_linear(x, A, F, *_epilogue(_tensor(dtype, rows, P * p)), CudaPlan.STREAM)
+
+
+def first_conv(n: int, q: int, p: int, dtype: torch.dtype) -> None:
+    """Few channels in: of an image."""
+    x = _tensor(dtype, IMAGES, PIXELS, PIXELS, n * q).movedim(-1, 1)
+    y = _tensor(dtype, IMAGES, PIXELS, PIXELS, n * p).movedim(-1, 1)
+    bias, *rest = _epilogue(y)
+    F = _tensor(dtype, n, p, q, 3, 3)
+    phc_conv.phc_conv(x, _tensor(dtype, n, n, n), F, bias, *[[1, 1]] * 3, *rest, CudaPlan.STREAM)
+
+
 def structure_of_most_terms(dtype: torch.dtype) -> None:
     combine.structure(*(_tensor(torch.float32, MAX_BLOCKS, MAX_BLOCKS) for _ in range(3)))
 
@@ -206,6 +221,13 @@ def _cases() -> Iterator[tuple[str, Call]]:
         for block in BLOCKS if n == TERMS[0] else BLOCKS[-1:]:
             yield from _linear_cases(n, block)
         yield from _conv_cases(n)
+    for n, P, Q, p, q in ((4, 4, 4, 1001, 1001), (2, 2, 2, 1001, 1001), (8, 8, 8, 501, 501), (3, 3, 3, 333, 333)):
+        name = f"phm_linear stream n={n} P={P} Q={Q} p={p} q={q}"
+        yield name, partial(linear_of_any_sizes, n, P, Q, p, q, 256)
+    for n, P, Q in ((1, 8, 1), (1, 1, 8), (1, 4, 4), (8, 8, 2), (4, 8, 1), (3, 5, 7)):
+        yield f"phm_linear stream n={n} P={P} Q={Q}", partial(linear_of_any_sizes, n, P, Q, 1024, 1024, 256)
+    for n, q, p in ((3, 1, 32), (2, 2, 32), (4, 1, 16), (8, 8, 8)):
+        yield f"phc_conv stream n={n} of {n * q} channels", partial(first_conv, n, q, p)
     # The most that plans_cuda lets through.
     size = f"n={MAX_BLOCKS} {MAX_BLOCKS * BLOCKS[0]} features batch 256"
     yield f"phm_linear built {size}", partial(linear, CudaPlan.BUILT, MAX_BLOCKS, BLOCKS[0], 256, "epilogue")
@@ -334,9 +356,14 @@ def row(work: Work) -> dict[str, Any]:
         "shared": compiled.shared,
         "tensor_memory": compiled.tensor_memory,
         "tensor_core": {o: c for o, c in compiled.opcodes.items() if gpu_compile.by_class({o: c})["tensor"]},
-        "loop": {name: count for name, count in gpu_compile.by_class(compiled.loop).items() if count},
+        "loop": _classes(compiled.loop),
+        "outside": _classes(Counter(compiled.opcodes) - Counter(compiled.loop)),
         "problems": gpu_compile.problems(compiled, expects_tensor_core(launch), small_tile),
     }
+
+
+def _classes(opcodes: Mapping[str, int]) -> dict[str, int]:
+    return {name: count for name, count in gpu_compile.by_class(opcodes).items() if count}
 
 
 def rows(work: Sequence[Work], processes: int) -> Iterator[dict[str, Any]]:

@@ -68,7 +68,7 @@ CARDS = {
 # L2, shared memory and the instructions that form tiles hold them back. 89 and 120 have the tensor cores of 80, where
 # stream is bound as the library is: a tenth less leaves ties to the library.
 _OF_PRODUCTS: dict[str, dict[int, tuple[float, ...]]] = {
-    "stream": {80: (0.66, 0.66, 0.66), 90: (0.59, 0.59, 0.59), 100: (0.39, 0.49, 0.49)},
+    "stream": {80: (0.66, 0.66, 0.66), 90: (0.59, 0.59, 0.59), 100: (0.39, 0.39, 0.39)},
     "fused": {80: (0.43, 0.36), 90: (0.17, 0.14), 100: (0.12, 0.11)},
     "epilogue": {80: (0.53, 0.53), 90: (0.42, 0.28), 100: (0.36, 0.24)},
 }
@@ -124,18 +124,22 @@ class _Costs:
         """A product, or a batch of them, by cuBLAS."""
         return self.tiles(batch * cdiv(M, 128) * cdiv(N, 128), 128 * 128 * K, _SUSTAINED)
 
-    def stream(self, rows: int, n: int, P: int, Q: int, p: int, K: int, memory: float = 0.0) -> float:
-        M, N = stream_size(rows, Q), stream_size(p, n)
-        tile = (min(stream_tile(M), 64), 64, 16) if self.kind == "ieee" else (stream_tile(M), 128, 64)
+    def stream(self, rows: int, n: int, P: int, Q: int, p: int, q: int, taps: int = 1) -> float:
+        M, N, K = stream_size(rows, Q), stream_size(p, n), q * taps
+        height = stream_tile(M, n, P, Q, p, q)
+        # About the tiles of configs.py.
+        tile = (min(height, 64) or 64, 64, 16) if self.kind == "ieee" or not height else (height, 128, 64)
         splits = stream_splits(M, N, K, tile, self.capability)
         tiles, entries = cdiv(M, tile[0]) * cdiv(N, tile[1]) * splits, tile[0] * tile[1]
         products = self.tiles(tiles, entries * cdiv(K, splits), self.reaches("stream", max(n, P, Q)))
-        # P sums of each tile, in float32 units.
-        waves = cdiv(tiles, self.card.processors)
-        products += waves * P * entries * self.card.processors / (self.card.float32 * _SUSTAINED)
+        # Behind its products a tile forms P sums, and 1.5 for what else it does once, each in 2.3 instructions.
+        sums = 2.3 * (P + 1.5) * entries * self.card.processors / (self.card.float32 * _SUSTAINED)
+        if architecture(self.capability) == 100:
+            # Two tiles fit in a processor: one sums while the other multiplies.
+            sums /= 2
         # The parts are float32, written and read.
         parts = self.l2(2 * splits * rows * P * p * 4 / self.size) + _GAP if splits > 1 else 0.0
-        return max(products, memory) + parts + _GAP
+        return products + cdiv(tiles, self.card.processors) * sums + parts + _GAP
 
     def built(self, rows: int, P: int, features: int, K: int) -> float:
         """Panels are written and read in L2, by a kernel for each block; the epilogue reads and writes the result."""
@@ -152,7 +156,7 @@ def _linear_costs(costs: _Costs, rows: int, n: int, P: int, Q: int, p: int, q: i
     memory = costs.memory(n * p * q + rows * (P * p + Q * q))
     result = {CudaPlan.BUILT: max(costs.built(rows, P, P * p, Q * q), memory)}
     if max(n, P, Q) <= MAX_STREAM:
-        result[CudaPlan.STREAM] = costs.stream(rows, n, P, Q, p, q, memory)
+        result[CudaPlan.STREAM] = max(costs.stream(rows, n, P, Q, p, q), memory)
     return result
 
 
@@ -161,8 +165,10 @@ def stream_size(count: int, blocks: int) -> int:
     return count * power_of_two(blocks)
 
 
-def stream_tile(M: int) -> int:
-    """The height of the tiles for so many rows."""
+def stream_tile(M: int, n: int, P: int, Q: int, p: int, q: int) -> int:
+    """The height of the stream plan's tiles for M of its rows; 0: small ones, for which all sizes leave registers."""
+    if not n == P == Q or p % 16 or q % 16 or stream_size(p, n) <= 64:
+        return 0
     return next((height for height in (16, 64, 128) if M <= height), 256)
 
 
@@ -294,7 +300,7 @@ def phc_conv(
     costs, taps = _Costs(dtype, tf32, capability), math.prod(kernel)
     result = {CudaPlan.BUILT: costs.built(outputs, P, P * p, Q * q * taps)}
     if _implicit(kernel) and max(n, P, Q) <= MAX_STREAM:
-        result[CudaPlan.STREAM] = costs.stream(outputs, n, P, Q, p, q * taps)
+        result[CudaPlan.STREAM] = costs.stream(outputs, n, P, Q, p, q, taps)
     return _best(result)
 
 

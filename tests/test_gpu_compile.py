@@ -21,6 +21,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime.driver import driver  # noqa: E402
 
 from phydi_kernels.kernels.gpu import _launch  # noqa: E402
+from phydi_kernels.kernels.gpu.configs import TABLE  # noqa: E402
 
 if triton.knobs.runtime.interpret:
     pytest.skip("TRITON_INTERPRET is set: nothing is compiled", allow_module_level=True)
@@ -296,6 +297,16 @@ def test_every_kernel_has_recorded_figures(results):
     left_over = sorted({case for name, case in recorded.items() if name not in work})
     assert (missing, left_over) == ([], []), "run python benchmarks/gpu_static.py"
     assert {entry["kernel"] for entry in results["rows"]} == {*PRODUCTS, *OTHERS}
+
+
+def test_every_tile_of_the_table_has_recorded_figures(results):
+    names = ("dtype", "arch", "tile", "warps", "stages")
+    recorded = {tuple(entry[name] for name in names) for entry in results["rows"]}
+    types = {"16-bit": "bfloat16", "tf32": "tf32", "ieee": "float32"}
+    for (_, kind, _), entries in TABLE.items():
+        for arch in gpu_compile.ARCHITECTURES:
+            tile = entries.get(arch, entries[0])
+            assert (types[kind], arch, "x".join(map(str, tile[:3])), tile.warps, tile.stages) in recorded
 
 
 def test_no_kernel_spills_or_exceeds_the_hardware(results):

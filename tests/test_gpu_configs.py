@@ -16,7 +16,7 @@ import torch
 triton = pytest.importorskip("triton", reason="the configurations are those of Triton kernels")
 
 from phydi_kernels import plans_cuda  # noqa: E402
-from phydi_kernels.kernels.gpu import _launch, configs, phm_linear_factored  # noqa: E402
+from phydi_kernels.kernels.gpu import _launch, configs, phm_linear, phm_linear_factored  # noqa: E402
 from phydi_kernels.kernels.gpu.configs import Config  # noqa: E402
 from phydi_kernels.plans_cuda import CudaPlan  # noqa: E402
 
@@ -33,7 +33,7 @@ def precision(request, monkeypatch):
 
 def _asked_for() -> set[tuple[str, torch.dtype, int]]:
     """(kernel, type, n) of every configuration that the drivers can ask for, on the terms of plans_cuda."""
-    streams = {configs.stream_kernel(M) for M in ROWS}
+    streams = {f"stream{height}" for height in (0, 16, 64, 128, 256)}
     several = {plan.value for plan in (CudaPlan.FUSED, CudaPlan.EPILOGUE)}
     asked = set(itertools.product(streams, DTYPES, range(1, plans_cuda.MAX_STREAM + 1)))
     return asked | set(itertools.product(several, DTYPES, range(1, plans_cuda.MAX_RESULTS + 1)))
@@ -56,16 +56,13 @@ def test_entries_are_tiles_that_products_take(precision):
 
 
 def test_narrow_blocks_have_narrow_tiles(precision):
-    """The narrowest of 32 and 64 that holds a block, of stream n blocks; it has 64, a warpgroup's rows on sm_90."""
+    """The narrowest of 32 and 64 that holds a block; those of stream hold several."""
     for (kernel, dtype, n), arch in itertools.product(_asked_for(), plans_cuda.CARDS):
         wide = configs.fixed(kernel, dtype, n, 65, arch)
         assert wide == configs.fixed(kernel, dtype, n, 4096, arch)
-        sizes = ((1, 32), (32, 32), (33, 64), (64, 64))
-        if kernel.startswith("stream"):
-            blocks = 1 << (n - 1).bit_length()
-            sizes = ((1, 64), (64 // blocks, 64), (64 // blocks + 1, 128))
-        for p, most in sizes:
-            assert configs.fixed(kernel, dtype, n, p, arch) == wide._replace(block_n=min(wide.block_n, most))
+        for p, most in ((1, 32), (32, 32), (33, 64), (64, 64)):
+            narrow = wide if kernel.startswith("stream") else wide._replace(block_n=min(wide.block_n, most))
+            assert configs.fixed(kernel, dtype, n, p, arch) == narrow
 
 
 def test_entries_are_those_of_architectures_that_plans_know():
@@ -84,15 +81,21 @@ def test_the_key_says_nothing_of_the_batch(monkeypatch):
     assert list(inspect.signature(configs.key).parameters) == ["kernel", "dtype", "n", "convolution"]
     started = []
     monkeypatch.setattr(_launch, "run", lambda kernel, grid, args, meta: started.append(meta))
-    F, V = torch.zeros(4, 40, 48), torch.zeros(7, 4)
-    metas = []
+    A, F, V = torch.zeros(4, 4, 4), torch.zeros(4, 48, 48), torch.zeros(7, 4)
+    metas, heights = [], []
     for rows in ROWS[1:]:
         x = torch.zeros(rows, 192)
         started.clear()
+        if plans_cuda.stream_size(rows, 4) > 128:
+            phm_linear.phm_linear(x, A, F, None, None, None, "none", CudaPlan.STREAM)
+            # What follows adds the parts of a sum.
+            heights.append(started[0])
+            started.clear()
         for plan in (CudaPlan.FUSED, CudaPlan.EPILOGUE, CudaPlan.PASSES):
             phm_linear_factored.phm_linear_factored(x, V.mT[:4].mT, V, V, F, None, None, None, "none", plan)
         metas.append(list(started))
     assert len(metas[0]) >= 4 and all(meta == metas[0] for meta in metas[1:])
+    assert len(heights) >= 4 and all(meta == heights[0] for meta in heights[1:])
 
 
 @pytest.mark.parametrize(("capability", "arch"), ((89, 89), (90, 90), (121, 120)))

@@ -151,20 +151,22 @@ def test_small_buffers_stay_in_l2(model, h100):
 
 def test_a_stream_whose_sum_is_split_writes_its_parts(model, h100, layer):
     few = replace(layer, rows=64)
-    kernel = model.Kernel(256, 128, 64, 8, {"fma": 256, "other": 292})
+    kernel = model.Kernel(256, 128, 64, 8, {"fma": 256, "other": 292}, {"fma": 700, "other": 800})
     whole, split = (model.stream(h100, few, kernel, splits) for splits in (1, 4))
     assert [k.name for k in whole.kernels] == ["stream_product"]
     assert [k.name for k in split.kernels] == ["stream_product", "sum of parts"]
-    # 32 tiles in 16 steps, or 128 in 4; and four additions for each of a tile's products, whose instructions issue.
-    once = 256 * 128 * 4 / 32 / 4
+    # 32 tiles in 16 steps, or 128 in 4, and what is outside the steps, which no tensor core does.
+    once = 1500 * 8 / 4
     clocks = [bound.kernels[0].by_resource["issue"] * 1.83e9 * 0.73 for bound in (whole, split)]
     assert clocks == pytest.approx([steps * 548 * 8 / 4 + once for steps in (16, 4)])
+    clocks = [bound.kernels[0].by_resource["tensor cores"] * 1.83e9 * 0.73 for bound in (whole, split)]
+    assert clocks == pytest.approx([steps * 1024 for steps in (16, 4)])
     parts = 4 * 64 * 4096 * 4
     assert split.kernels[1].by_resource["L2"] == pytest.approx((parts + 64 * 4096 * 2) / (5120 * 1.83e9 * 0.73))
     # Twice as many parts: half as many steps in a tile, and two tiles for the busiest SM.
     more = model.stream(h100, few, kernel, 8)
-    tensor_cores = [bound.kernels[0].by_resource["tensor cores"] for bound in (split, more)]
-    assert tensor_cores[0] == tensor_cores[1]
+    clocks = more.kernels[0].by_resource["issue"] * 1.83e9 * 0.73
+    assert clocks == pytest.approx(2 * (2 * 548 * 8 / 4 + once))
     # As stream_product: 7 parts of 16 steps are 3 steps each and 6 parts, 9 are 2 steps each and 8 parts.
     assert model.stream(h100, few, kernel, 7).kernels == model.stream(h100, few, kernel, 6).kernels
     assert model.stream(h100, few, kernel, 9).kernels == more.kernels
@@ -179,7 +181,6 @@ def test_a_tile_of_a_stream_draws_all_blocks_of_its_rows_and_features(model, h10
     tensor_cores = (128 + 2 * 256) * 64 * 2
     clocks = {
         "tensor cores": 16 * 256 * 128 * 64 / 2048,
-        "FP32 lanes": 4 * 256 * 128 / 128,
         "shared memory": 16 * (arriving + tensor_cores) / 128,
         "L2": (16 * arriving * 132 + batch * 4096 * 2) / 5120,
     }
@@ -206,6 +207,14 @@ def test_a_stream_on_ampere_is_read_by_warps(model, layer):
     reads = min(128 * 8 // r + 256 * r for r in (1, 2, 4, 8))
     bytes = (256 + 128 + reads) * 32 * 2
     assert bound.by_resource["shared memory"] == pytest.approx(32 * bytes / 128 / (1.41e9 * 0.73))
+
+
+def test_instructions_outside_the_steps_count_once(model, h100):
+    outside = {"fma": 100, "load_shared": 60, "store_global": 10, "store_shared": 40, "other": 50}
+    clocks = model.around(h100, model.Kernel(256, 128, 64, 8, {}, outside))
+    # A warp issues one of its instructions in four clocks of eight warps; an FMA takes 32 of 128 lanes.
+    assert clocks == {"issue": 260 * 8 / 4, "FP32 lanes": 100 * 8 / 4, "shared memory": 100 * 8}
+    assert set(model.around(h100, model.Kernel(256, 128, 64, 8)).values()) == {0}
 
 
 @pytest.mark.parametrize("name, wavefronts", (("H100", 60 * 8 + (128 + 2 * 128) * 16 * 2 / 128), ("A100", 60 * 8)))
@@ -348,6 +357,7 @@ def test_the_machine_code_of_a_kernel_is_found(model, h100, layer):
         "tile": "x".join(map(str, tile[:3])),
         "warps": tile.warps,
         "loop": {"fma": 64},
+        "outside": {"fma": 32},
     }
     others = {
         "dtype": "float16",
@@ -359,7 +369,9 @@ def test_the_machine_code_of_a_kernel_is_found(model, h100, layer):
     wrong = [right | {key: value, "loop": {}} for key, value in others.items()]
     wrong.append(right | {"case": "phm_linear built n=4 4096 features batch 8192 epilogue", "loop": {}})
     wrong.append(right | {"case": "phm_linear stream n=8 8192 features batch 8192 epilogue", "loop": {}})
-    assert model.compiled({"rows": [*wrong, right]}, h100, layer, "stream256") == model.Kernel(*tile[:4], {"fma": 64})
+    assert model.compiled({"rows": [*wrong, right]}, h100, layer, "stream256") == model.Kernel(
+        *tile[:4], {"fma": 64}, {"fma": 32}
+    )
 
 
 def test_missing_machine_code_is_named(model, h100, layer):

@@ -150,15 +150,14 @@ def test_more_rows_never_go_back_to_stream(capability, dtype, tf32):
     for n, R in RANKS.items():
         for p, q in _features(n):
             sizes = (n, n, n, p, q)
-            chosen = [plans_cuda.phm_linear_factored(rows, *sizes, R, True, dtype, tf32, capability) for rows in POWERS]
-            later = [plan is not CudaPlan.STREAM for plan in chosen]
-            assert later == sorted(later) and not later[0]
             costs = plans_cuda._Costs(dtype, tf32, capability)
-            of_rows = [plans_cuda._linear_costs(costs, rows, *sizes) for rows in POWERS]
-            ratios = [of_plan.pop(CudaPlan.STREAM) / min(of_plan.values()) for of_plan in of_rows]
-            assert ratios[0] < 1
-            left = next((i for i, ratio in enumerate(ratios) if ratio > 1), len(ratios))
-            assert all(ratio > 0.9 for ratio in ratios[left:])
+            dense = [plans_cuda._linear_costs(costs, rows, *sizes) for rows in POWERS]
+            of_terms = [plans_cuda._factored_costs(costs, rows, rows, *sizes, 1, R, True) for rows in POWERS]
+            for of_rows in (dense, [a | b for a, b in zip(dense, of_terms, strict=True)]):
+                ratios = [plans.pop(CudaPlan.STREAM) / min(plans.values()) for plans in map(dict, of_rows)]
+                assert ratios[0] < 1
+                left = next((i for i, ratio in enumerate(ratios) if ratio > 1), len(ratios))
+                assert all(ratio > 0.9 for ratio in ratios[left:])
 
 
 _blocks = st.integers(1, 40)
@@ -303,7 +302,17 @@ def test_blocks_of_a_stream_fill_up_powers_of_two():
     ((0, 16), (1, 16), (16, 16), (17, 64), (64, 64), (65, 128), (128, 128), (129, 256), (10**6, 256)),
 )
 def test_rows_of_a_tile(M, rows):
-    assert plans_cuda.stream_tile(M) == rows
+    assert plans_cuda.stream_tile(M, 4, 4, 4, 1024, 512) == rows
+    assert plans_cuda.stream_tile(M, 4, 4, 4, 32, 16) == rows
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    ((4, 4, 8, 64, 64), (4, 2, 4, 64, 64), (1, 4, 4, 64, 64), (4, 4, 4, 65, 64), (4, 4, 4, 64, 3), (4, 4, 4, 16, 64)),
+)
+def test_other_sizes_have_small_tiles(sizes):
+    """Several numbers of blocks, sizes that 16 does not divide, and few features."""
+    assert plans_cuda.stream_tile(10**4, *sizes) == 0
 
 
 @given(

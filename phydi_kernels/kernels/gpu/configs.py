@@ -1,7 +1,7 @@
 """Tile sizes of the products: a fixed table, or what PHYDI_AUTOTUNE=1 measured on the card at hand.
 
 A key says nothing of the batch: nothing is compiled again for another one. plans_cuda, which knows it, chooses between
-the kernels, and for stream between four heights of a tile and the parts of the sum.
+the kernels, and for stream between five tiles and the parts of the sum.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 import triton
 
-from ...plans_cuda import architecture, dtype_class, stream_size, stream_tile
+from ...plans_cuda import architecture, dtype_class
 from . import capability
 from ._launch import precision
 
@@ -34,31 +34,28 @@ class Config(NamedTuple):
 
 # Kernel, type, most terms (n, or P for the kernels of R products) -> {architecture: tiles}; 0 where none is named.
 TABLE: dict[tuple[str, str, int], dict[int, Config]] = {
+    ("stream0", "16-bit", 8): {0: Config(64, 64, 32, 4, 3)},
+    ("stream0", "tf32", 8): {0: Config(64, 64, 16, 4, 3), 80: Config(64, 64, 16, 8, 3)},
+    ("stream0", "ieee", 8): {0: Config(64, 64, 16, 4, 3), 90: Config(64, 64, 16, 8, 3)},
     ("stream16", "16-bit", 8): {0: Config(16, 128, 64, 4, 4), 89: Config(16, 128, 32, 4, 4)},
     ("stream16", "tf32", 8): {0: Config(16, 128, 32, 4, 4)},
     ("stream16", "ieee", 8): {0: Config(16, 64, 16, 4, 3), 120: Config(16, 64, 32, 4, 3)},
     ("stream64", "16-bit", 8): {0: Config(64, 128, 64, 4, 4)},
     ("stream64", "tf32", 8): {0: Config(64, 128, 32, 4, 4)},
     ("stream64", "ieee", 8): {0: Config(64, 64, 16, 4, 3)},
-    ("stream128", "16-bit", 8): {0: Config(128, 128, 64, 8, 3)},
-    ("stream128", "tf32", 8): {0: Config(128, 128, 32, 8, 3)},
+    # On sm_100 four warps sum over l without shared memory.
+    ("stream128", "16-bit", 8): {0: Config(128, 128, 64, 8, 3), 100: Config(128, 128, 64, 4, 3)},
+    ("stream128", "tf32", 8): {0: Config(128, 128, 32, 8, 3), 100: Config(128, 128, 32, 4, 3)},
     ("stream128", "ieee", 8): {0: Config(64, 64, 16, 4, 3)},
-    # On sm_100 the sums over i and l of two terms leave no registers for the larger tile.
-    ("stream256", "16-bit", 2): {
-        0: Config(256, 128, 32, 8, 3),
-        90: Config(256, 128, 64, 8, 3),
-        100: Config(128, 128, 64, 8, 3),
-    },
     ("stream256", "16-bit", 8): {
         0: Config(256, 128, 32, 8, 3),
         90: Config(256, 128, 64, 8, 3),
-        100: Config(256, 128, 64, 8, 3),
+        100: Config(128, 128, 64, 4, 3),
     },
-    ("stream256", "tf32", 2): {0: Config(128, 128, 32, 8, 3)},
     ("stream256", "tf32", 8): {
         0: Config(128, 128, 32, 8, 3),
         90: Config(256, 128, 32, 8, 3),
-        100: Config(256, 128, 32, 8, 3),
+        100: Config(128, 128, 32, 4, 3),
     },
     ("stream256", "ieee", 8): {0: Config(64, 64, 16, 4, 3)},
     ("fused", "16-bit", 2): {0: Config(128, 64, 32, 8, 3)},
@@ -76,8 +73,8 @@ TABLE: dict[tuple[str, str, int], dict[int, Config]] = {
 }
 
 
-def stream_kernel(M: int) -> str:
-    return f"stream{stream_tile(M)}"
+# The kernels of R products, whose tiles have one block of features; those of stream have n.
+SEVERAL = ("fused", "epilogue")
 
 
 def key(kernel: str, dtype: torch.dtype, n: int, convolution: bool = False) -> tuple[str, str, int]:
@@ -90,11 +87,7 @@ def fixed(kernel: str, dtype: torch.dtype, n: int, p: int, arch: int, convolutio
     """The table's entry; where a block has fewer features than a tile, the narrowest tile that holds it."""
     entry = TABLE[key(kernel, dtype, n, convolution)]
     tile = entry.get(arch, entry[0])
-    # Of stream features are the rows of a product: on sm_90 a warpgroup's has 64.
-    stream = kernel.startswith("stream")
-    features = stream_size(p, n) if stream else p
-    narrow = 32 if features <= 32 and not stream else 64
-    return tile._replace(block_n=min(tile.block_n, narrow)) if features <= 64 else tile
+    return tile._replace(block_n=min(tile.block_n, 32 if p <= 32 else 64)) if p <= 64 and kernel in SEVERAL else tile
 
 
 def config(
@@ -115,6 +108,7 @@ def config(
         return tile
     card = torch.cuda.get_device_name(device)
     name = "/".join(map(str, (*key(kernel, dtype, n, convolution), tile.block_n)))
+    name += "/convolution" if convolution else ""
     file = cache_file()
     known = _known(file, card)
     if name not in known:

@@ -8,11 +8,11 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from ...plans_cuda import PANEL_BYTES, CudaPlan, stream_size, stream_splits
+from ...plans_cuda import PANEL_BYTES, CudaPlan, stream_size, stream_splits, stream_tile
 from . import capability
 from ._launch import product
 from .combine import block_dots, combine
-from .configs import Config, config, stream_kernel
+from .configs import Config, config
 from .stream_product import stream_product
 from .window import Window, rows_window
 
@@ -62,7 +62,7 @@ def stream(
     window: Window,
 ) -> Tensor:
     """stream_product with the tiles and the parts that fit, F (n, p, taps, q)."""
-    n, _, Q = A.shape
+    n, P, Q = A.shape
     _, p, taps, q = F.shape
     M, N = stream_size(len(x) * math.prod(window.out_size), Q), stream_size(p, n)
 
@@ -70,7 +70,8 @@ def stream(
         splits = stream_splits(M, N, taps * q, tile[:3], capability(x.device))
         return stream_product(x, A, F, bias, residual, alpha, relu, window, tile, splits)
 
-    return run(config(stream_kernel(M), x.dtype, n, p, x.device, run, convolution=window.image))
+    kernel = f"stream{stream_tile(M, n, P, Q, p, q)}"
+    return run(config(kernel, x.dtype, n, p, x.device, run, convolution=window.image))
 
 
 def built(

@@ -78,7 +78,7 @@ def stream_product_kernel(
     L: tl.constexpr = triton.next_power_of_2(Q)
     ROWS: tl.constexpr = BLOCK_M // L
     FEATURES: tl.constexpr = BLOCK_N // I
-    # Of 16 features of the product a thread or its neighbours hold all blocks i: the sum over i stays in a warp.
+    # Sixteen features of the product hold all blocks i: the sum over i stays in a warp.
     LOW: tl.constexpr = 16 // I
     tile_b, tile_r = tile_of(tl.program_id(0), tl.cdiv(B, ROWS), tl.cdiv(p, FEATURES))
     first_b, first_r = tile_b.to(tl.int64) * ROWS, tile_r.to(tl.int64) * FEATURES
