@@ -195,31 +195,29 @@ def operand_reads(card: Card, kernel: Kernel, in_registers: bool = False, transp
     return ((0 if in_registers else first) + math.ceil(first / rows) * second) * kernel.K
 
 
-def step_clocks(
-    card: Card, kernel: Kernel, dtype: str, arriving: float, reads: float, products: int = 1, staged: float = 0.0
-) -> dict[str, float]:
-    """Clocks of one SM for a step by resource: ``arriving`` bytes from L2, ``reads`` of shared memory by the tensor
-    cores, bytes that are ``staged`` in it: written or read by threads."""
-    loop = kernel.loop or {}
-    accesses = sum(loop.get(access, 0) for access in ACCESSES) * kernel.warps
-    # Up to Ada threads load what tensor cores read.
-    apart = reads / SHARED_BYTES if card.capability in (90, 100) else 0.0
+def executed(card: Card, kernel: Kernel, instructions: Mapping[str, int] | None) -> dict[str, float]:
+    """Clocks of one SM by resource for ``instructions`` of each of a tile's warps."""
+    counts = instructions or {}
     return {
-        "tensor cores": products * kernel.M * kernel.N * kernel.K / card.tensor_fma[dtype],
-        "issue": sum(loop.values()) * kernel.warps / ISSUE_SLOTS,
-        "FP32 lanes": loop.get("fma", 0) * kernel.warps * WARP / card.fp32_lanes,
-        "shared memory": max((arriving + staged + reads) / SHARED_BYTES, accesses + apart),
-        "L2": arriving * card.sms / card.l2_bytes,
+        "issue": sum(counts.values()) * kernel.warps / ISSUE_SLOTS,
+        "FP32 lanes": counts.get("fma", 0) * kernel.warps * WARP / card.fp32_lanes,
+        "shared memory": sum(counts.get(access, 0) for access in ACCESSES) * kernel.warps,
     }
 
 
-def around(card: Card, kernel: Kernel) -> dict[str, float]:
-    """Clocks of one SM by resource for what a tile does before its first step and after its last."""
-    outside = kernel.outside or {}
+def step_clocks(
+    card: Card, kernel: Kernel, dtype: str, arriving: float, reads: float, staged: float = 0.0
+) -> dict[str, float]:
+    """Clocks of one SM for a step by resource: ``arriving`` bytes from L2, ``reads`` of shared memory by the tensor
+    cores, bytes that are ``staged`` in it: written or read by threads."""
+    loop = executed(card, kernel, kernel.loop)
+    # Up to Ada threads load what tensor cores read.
+    apart = reads / SHARED_BYTES if card.capability in (90, 100) else 0.0
     return {
-        "issue": sum(outside.values()) * kernel.warps / ISSUE_SLOTS,
-        "FP32 lanes": outside.get("fma", 0) * kernel.warps * WARP / card.fp32_lanes,
-        "shared memory": sum(outside.get(access, 0) for access in ACCESSES) * kernel.warps,
+        "tensor cores": kernel.M * kernel.N * kernel.K / card.tensor_fma[dtype],
+        **loop,
+        "shared memory": max((arriving + staged + reads) / SHARED_BYTES, loop["shared memory"] + apart),
+        "L2": arriving * card.sms / card.l2_bytes,
     }
 
 
@@ -330,7 +328,7 @@ def rank_product(card: Card, layer: Layer, kernel: Kernel, formed_on_load: bool,
     weights = layer.rank * layer.p * layer.q * size
     dram = from_dram(card, read, written) + of_weights(card, weights, not prepacked)
     steps = layer.rank * math.ceil(layer.q / kernel.K)
-    return bound(card, "rank_product", step, tiles, steps, dram, written, around(card, kernel))
+    return bound(card, "rank_product", step, tiles, steps, dram, written, executed(card, kernel, kernel.outside))
 
 
 def fused(card: Card, layer: Layer, kernel: Kernel, prepacked: bool) -> LayerBound:
@@ -363,7 +361,9 @@ def stream(card: Card, layer: Layer, kernel: Kernel, splits: int) -> LayerBound:
     parts = 4 * splits * layer.rows * layer.outputs
     out = written if splits == 1 else parts
     dram = from_dram(card, read, out) + n * layer.p * layer.q * size
-    kernels = (bound(card, "stream_product", step, tiles * splits, steps, dram, out, around(card, kernel)),)
+    kernels = (
+        bound(card, "stream_product", step, tiles * splits, steps, dram, out, executed(card, kernel, kernel.outside)),
+    )
     if splits > 1:
         kernels += (combine(card, "sum of parts", [parts, written]),)
     return LayerBound("stream", kernels)

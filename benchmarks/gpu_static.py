@@ -44,7 +44,7 @@ DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfl
 # The first in every variant.
 TERMS = (4, 2, 8)
 RANK = {2: 3, 4: 7, 8: 24}
-# Features of a block, for each class of tiles.
+# Features of a block, narrow and wide.
 BLOCKS = (32, 64, 1024)
 CONV_CHANNELS = 512
 # Rows and columns of a tile from which on every architecture's own tensor-core instructions take it.
@@ -66,12 +66,13 @@ def _epilogue(residual: Tensor) -> tuple[Tensor, Tensor, Tensor, str]:
 NO_EPILOGUE = (None, None, None, "none")
 
 
-def linear(plan: CudaPlan, n: int, block: int, rows: int, variant: str, dtype: torch.dtype) -> None:
-    """One phm_linear call; ``variant``: plain, epilogue, or transposed, as the gradient of the input."""
-    x, A, F = _tensor(dtype, rows, n * block), _tensor(dtype, n, n, n), _tensor(dtype, n, block, block)
+def linear(plan: CudaPlan, sizes: Sequence[int], rows: int, variant: str, dtype: torch.dtype) -> None:
+    """One phm_linear call of ``sizes`` n, P, Q, p, q; ``variant``: epilogue, or transposed, as the input's gradient."""
+    n, P, Q, p, q = sizes
+    x, A, F = _tensor(dtype, rows, Q * q), _tensor(dtype, n, P, Q), _tensor(dtype, n, p, q)
     if variant == "transposed":
         A, F = A.transpose(1, 2), F.transpose(1, 2)
-    options = _epilogue(_tensor(dtype, rows, n * block)) if variant == "epilogue" else NO_EPILOGUE
+    options = _epilogue(_tensor(dtype, rows, P * p)) if variant == "epilogue" else NO_EPILOGUE
     phm_linear.phm_linear(x, A, F, *options, plan)
 
 
@@ -105,17 +106,28 @@ IMAGES, PIXELS = 32, 28
 CONVOLUTIONS = ((3, 1), (1, 1), (3, 2))
 
 
-def _convolution(dtype: torch.dtype, n: int, block: int, kernel: int, stride: int) -> tuple[Any, ...]:
-    """(x, y, F, [stride, padding, dilation])"""
-    pixels = (PIXELS - 1) // stride + 1
-    x = _tensor(dtype, IMAGES, PIXELS, PIXELS, n * block).movedim(-1, 1)
+def _convolution(
+    dtype: torch.dtype, n: int, block: int, kernel: int, stride: int, inputs: int | None = None
+) -> tuple[Any, ...]:
+    """(x, y, F, [stride, padding, dilation]), of blocks of ``block`` channels, or ``inputs`` in x."""
+    pixels, inputs = (PIXELS - 1) // stride + 1, inputs or block
+    x = _tensor(dtype, IMAGES, PIXELS, PIXELS, n * inputs).movedim(-1, 1)
     y = _tensor(dtype, IMAGES, pixels, pixels, n * block).movedim(-1, 1)
-    F = _tensor(dtype, n, block, block, kernel, kernel)
+    F = _tensor(dtype, n, block, inputs, kernel, kernel)
     return x, y, F, [[stride] * 2, [kernel // 2] * 2, [1] * 2]
 
 
-def conv(plan: CudaPlan, n: int, block: int, kernel: int, stride: int, variant: str, dtype: torch.dtype) -> None:
-    x, y, F, geometry = _convolution(dtype, n, block, kernel, stride)
+def conv(
+    plan: CudaPlan,
+    n: int,
+    block: int,
+    kernel: int,
+    stride: int,
+    variant: str,
+    dtype: torch.dtype,
+    inputs: int | None = None,
+) -> None:
+    x, y, F, geometry = _convolution(dtype, n, block, kernel, stride, inputs)
     bias, *rest = _epilogue(y) if variant == "epilogue" else NO_EPILOGUE
     phc_conv.phc_conv(x, _tensor(dtype, n, n, n), F, bias, *geometry, *rest, plan)
 
@@ -143,22 +155,22 @@ def conv_factored_grads(plan: CudaPlan, n: int, block: int, kernel: int, stride:
 
 
 def _linear_cases(n: int, block: int) -> Iterator[tuple[str, Call]]:
-    size = f"n={n} {n * block} features"
+    size, sizes = f"n={n} {n * block} features", (n, n, n, block, block)
     fused = [CudaPlan.FUSED, CudaPlan.EPILOGUE] if n <= MAX_RESULTS else []
     wide = block == BLOCKS[-1]
     every = wide and n == TERMS[0]
     # What needs most registers, and what reads F along p.
     variants = ("epilogue", "transposed") if every else ("epilogue",)
-    # Rows of each tile; of 256 the sum is split, of 8192 it is not.
+    # Rows of each tile of stream.
     for rows, variant in itertools.product((1, 64 // n, 128 // n, 256), variants):
         name = f"phm_linear stream {size} batch {rows} {variant}"
-        yield name, partial(linear, CudaPlan.STREAM, n, block, rows, variant)
+        yield name, partial(linear, CudaPlan.STREAM, sizes, rows, variant)
     for plan, variant in itertools.product(fused, variants):
         name = f"phm_linear_factored {plan.value} {size} batch 256 {variant}"
         yield name, partial(linear_factored, plan, n, block, 256, variant)
     if wide:
         name = f"phm_linear stream {size} batch 8192 epilogue"
-        yield name, partial(linear, CudaPlan.STREAM, n, block, 8192, "epilogue")
+        yield name, partial(linear, CudaPlan.STREAM, sizes, 8192, "epilogue")
         name = f"phm_linear_factored passes {size} batch 256 epilogue"
         yield name, partial(linear_factored, CudaPlan.PASSES, n, block, 256, "epilogue")
     if every:
@@ -169,7 +181,7 @@ def _linear_cases(n: int, block: int) -> Iterator[tuple[str, Call]]:
             yield name, partial(linear_factored, plan, n, block, 256, "prepacked")
         yield (
             f"phm_linear built {size} batch 8192 epilogue",
-            partial(linear, CudaPlan.BUILT, n, block, 8192, "epilogue"),
+            partial(linear, CudaPlan.BUILT, sizes, 8192, "epilogue"),
         )
         yield f"phm_linear_weight_grad {size} batch 256", partial(linear_grad, n, block, 256)
         yield f"phm_linear_factored_grad {size} batch 256", partial(linear_factored_grad, n, block, 256)
@@ -197,21 +209,6 @@ def _conv_cases(n: int) -> Iterator[tuple[str, Call]]:
             yield name, partial(conv_factored_grads, plan, n, block, kernel, stride)
 
 
-def linear_of_any_sizes(n: int, P: int, Q: int, p: int, q: int, rows: int, dtype: torch.dtype) -> None:
-    """A streamed phm_linear call whose blocks differ in number, or in sizes that 16 does not divide."""
-    x, A, F = _tensor(dtype, rows, Q * q), _tensor(dtype, n, P, Q), _tensor(dtype, n, p, q)
-    phm_linear.phm_linear(x, A, F, *_epilogue(_tensor(dtype, rows, P * p)), CudaPlan.STREAM)
-
-
-def first_conv(n: int, q: int, p: int, dtype: torch.dtype) -> None:
-    """Few channels in: of an image."""
-    x = _tensor(dtype, IMAGES, PIXELS, PIXELS, n * q).movedim(-1, 1)
-    y = _tensor(dtype, IMAGES, PIXELS, PIXELS, n * p).movedim(-1, 1)
-    bias, *rest = _epilogue(y)
-    F = _tensor(dtype, n, p, q, 3, 3)
-    phc_conv.phc_conv(x, _tensor(dtype, n, n, n), F, bias, *[[1, 1]] * 3, *rest, CudaPlan.STREAM)
-
-
 def structure_of_most_terms(dtype: torch.dtype) -> None:
     combine.structure(*(_tensor(torch.float32, MAX_BLOCKS, MAX_BLOCKS) for _ in range(3)))
 
@@ -221,16 +218,20 @@ def _cases() -> Iterator[tuple[str, Call]]:
         for block in BLOCKS if n == TERMS[0] else BLOCKS[-1:]:
             yield from _linear_cases(n, block)
         yield from _conv_cases(n)
+    # Sizes that 16 does not divide, numbers of blocks that differ, and images of few channels.
     for n, P, Q, p, q in ((4, 4, 4, 1001, 1001), (2, 2, 2, 1001, 1001), (8, 8, 8, 501, 501), (3, 3, 3, 333, 333)):
         name = f"phm_linear stream n={n} P={P} Q={Q} p={p} q={q}"
-        yield name, partial(linear_of_any_sizes, n, P, Q, p, q, 256)
+        yield name, partial(linear, CudaPlan.STREAM, (n, P, Q, p, q), 256, "epilogue")
     for n, P, Q in ((1, 8, 1), (1, 1, 8), (1, 4, 4), (8, 8, 2), (4, 8, 1), (3, 5, 7)):
-        yield f"phm_linear stream n={n} P={P} Q={Q}", partial(linear_of_any_sizes, n, P, Q, 1024, 1024, 256)
+        sizes = (n, P, Q, 1024, 1024)
+        yield f"phm_linear stream n={n} P={P} Q={Q}", partial(linear, CudaPlan.STREAM, sizes, 256, "epilogue")
     for n, q, p in ((3, 1, 32), (2, 2, 32), (4, 1, 16), (8, 8, 8)):
-        yield f"phc_conv stream n={n} of {n * q} channels", partial(first_conv, n, q, p)
+        name = f"phc_conv stream n={n} of {n * q} channels"
+        yield name, partial(conv, CudaPlan.STREAM, n, p, 3, 1, "epilogue", inputs=q)
     # The most that plans_cuda lets through.
     size = f"n={MAX_BLOCKS} {MAX_BLOCKS * BLOCKS[0]} features batch 256"
-    yield f"phm_linear built {size}", partial(linear, CudaPlan.BUILT, MAX_BLOCKS, BLOCKS[0], 256, "epilogue")
+    sizes = (*[MAX_BLOCKS] * 3, *[BLOCKS[0]] * 2)
+    yield f"phm_linear built {size}", partial(linear, CudaPlan.BUILT, sizes, 256, "epilogue")
     yield f"phm_linear_weight_grad {size}", partial(linear_grad, MAX_BLOCKS, BLOCKS[0], 256)
     yield f"structure {size}", structure_of_most_terms
 

@@ -203,18 +203,17 @@ def test_blocks_of_a_stream_are_filled_up_to_a_power_of_two(model, h100, layer):
 def test_a_stream_on_ampere_is_read_by_warps(model, layer):
     card = model.CARDS[0]
     (bound,) = model.stream(card, replace(layer, rows=64), model.Kernel(256, 128, 32, 8), 1).kernels
-    # What comes in, and what eight warps read, four by two: 128 features twice, 256 rows four times, or once and more.
-    reads = min(128 * 8 // r + 256 * r for r in (1, 2, 4, 8))
-    bytes = (256 + 128 + reads) * 32 * 2
+    # What comes in, and what eight warps read, two by four: 128 features four times, 256 rows twice.
+    bytes = (256 + 128 + 4 * 128 + 2 * 256) * 32 * 2
     assert bound.by_resource["shared memory"] == pytest.approx(32 * bytes / 128 / (1.41e9 * 0.73))
 
 
 def test_instructions_outside_the_steps_count_once(model, h100):
     outside = {"fma": 100, "load_shared": 60, "store_global": 10, "store_shared": 40, "other": 50}
-    clocks = model.around(h100, model.Kernel(256, 128, 64, 8, {}, outside))
+    clocks = model.executed(h100, model.Kernel(256, 128, 64, 8), outside)
     # A warp issues one of its instructions in four clocks of eight warps; an FMA takes 32 of 128 lanes.
     assert clocks == {"issue": 260 * 8 / 4, "FP32 lanes": 100 * 8 / 4, "shared memory": 100 * 8}
-    assert set(model.around(h100, model.Kernel(256, 128, 64, 8)).values()) == {0}
+    assert set(model.executed(h100, model.Kernel(256, 128, 64, 8), None).values()) == {0}
 
 
 @pytest.mark.parametrize("name, wavefronts", (("H100", 60 * 8 + (128 + 2 * 128) * 16 * 2 / 128), ("A100", 60 * 8)))
@@ -289,7 +288,7 @@ def test_plans_are_those_of_the_model(model):
         # Prepacked weights may be streamed, which the model leaves out.
         if plan.value in row["plans"]:
             found.append(row["plans"][plan.value] / row["us in graph"])
-    assert len(found) > 420 and max(found) < 1.5
+    assert len(found) > 450 and max(found) < 1.5
     assert sum(ratio > 1.15 for ratio in found) < 0.03 * len(found)
 
 

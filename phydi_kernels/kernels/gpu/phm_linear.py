@@ -40,14 +40,14 @@ def phm_linear(
     activation: str,
     plan: CudaPlan,
 ) -> Tensor:
-    n, P, Q = A.shape
-    _, p, q = F.shape
+    P, p = A.shape[1], F.shape[1]
     rows, rest = as_rows(x), None if residual is None else as_rows(residual)
     bias, alpha = contiguous(bias, alpha)
     relu = activation == "relu"
     if plan is CudaPlan.BUILT:
-        return built(rows, A, F, bias, rest, alpha, relu).view(*x.shape[:-1], P * p)
-    y = stream(rows, A, F.unsqueeze(2), bias, rest, alpha, relu, rows_window(rows.stride(0)))
+        y = built(rows, A, F, bias, rest, alpha, relu)
+    else:
+        y = stream(rows, A, F.unsqueeze(2), bias, rest, alpha, relu, rows_window(rows.stride(0)))
     return y.view(*x.shape[:-1], P * p)
 
 
