@@ -64,6 +64,7 @@ class _Rates:
     bfloat16_stream_lines: float
     bfloat16_pack: float
     convolution: float  # of torch's, and of what surrounds them: this many times the constants below
+    bfloat16_convolution: float  # a multiplication of torch's in bfloat16, beside one of AVX512_BF16
     lanes: int  # of a vector
     least_rows: int  # a register tile takes as long for fewer rows
     stream_rows: int  # of a register tile of stream
@@ -109,6 +110,7 @@ _AVX512_BF16 = _Rates(
     bfloat16_stream_lines=1.12,
     bfloat16_pack=0.85,
     convolution=1.0,
+    bfloat16_convolution=1.0,
     lanes=16,
     least_rows=6,
     stream_rows=4,
@@ -153,14 +155,17 @@ _AVX2 = _Rates(
     bfloat16_stream_lines=1.12,
     bfloat16_pack=0.85,
     convolution=3.1,
+    bfloat16_convolution=1.0,
     lanes=8,
     least_rows=3,
     stream_rows=2,
 )
 BEST_ISA = "avx512_bf16"
-# By instruction set of the compiled kernels; of two of them nothing was measured. Without its instruction bfloat16 is
-# multiplied as float32.
+# By instruction set of the compiled kernels; of three of them nothing was measured. A cycle of AMX has 512 products of
+# bfloat16 for the 32 of AVX512_BF16: three fifths of that are assumed here, a third in torch's convolutions. Without
+# an instruction of its own bfloat16 is multiplied as float32.
 _RATES = {
+    "amx_bf16": replace(_AVX512_BF16, bfloat16_product=0.055, bfloat16_convolution=0.2, least_rows=8),
     BEST_ISA: _AVX512_BF16,
     "avx512": replace(_AVX512_BF16, bfloat16_product=1.0, bfloat16_pack=1.0),
     "avx2": _AVX2,
@@ -378,10 +383,17 @@ def phm_linear_factored_grad(
     return min(cost, key=cost.__getitem__)
 
 
-def _conv_costs(pixels: int, outputs: int, n: int, P: int, Q: int, p: int, q: int, taps: int) -> dict[Plan, float]:
+def _conv_product(bfloat16: bool, isa: str) -> float:
+    return _CONV_PRODUCT * (_RATES[isa].bfloat16_convolution if bfloat16 else 1)
+
+
+def _conv_costs(
+    pixels: int, outputs: int, n: int, P: int, Q: int, p: int, q: int, taps: int, bfloat16: bool, isa: str
+) -> dict[Plan, float]:
+    product = _conv_product(bfloat16, isa)
     return {
-        Plan.MIX: pixels * P * n * q * _CONV_MIX + outputs * P * p * n * q * taps * _CONV_PRODUCT,
-        Plan.PANEL: P * p * Q * q * taps * (_CONV_FORM + outputs * _CONV_PRODUCT),
+        Plan.MIX: pixels * P * n * q * _CONV_MIX + outputs * P * p * n * q * taps * product,
+        Plan.PANEL: P * p * Q * q * taps * (_CONV_FORM + outputs * product),
     }
 
 
@@ -404,7 +416,7 @@ def phc_conv(
     ``pointwise``, of a kernel of one position without padding: whether F is contiguous along q, and the entries of the
     images that are copied between planes and rows.
     """
-    costs = _conv_costs(pixels, outputs, n, P, Q, p, q, taps)
+    costs = _conv_costs(pixels, outputs, n, P, Q, p, q, taps, bfloat16, isa)
     if pointwise:
         contiguous, copied = pointwise
         linear = _linear_costs(outputs, n, P, Q, p, q, contiguous, bfloat16, isa)
@@ -440,7 +452,7 @@ def _conv_factored_costs(
 ) -> dict[Plan, float]:
     product, weights = outputs * p * q * taps, p * q * taps
     added = (R + Q) * pixels * q + (R + P) * outputs * p
-    cost = {Plan.RANK: R * (product * _CONV_PRODUCT * _narrow(p, q) + weights * _TERM_FORM + _TERM_CALL)}
+    cost = {Plan.RANK: R * (product * _conv_product(bfloat16, isa) * _narrow(p, q) + weights * _TERM_FORM + _TERM_CALL)}
     cost[Plan.RANK] += added * (_TERM_ADD_BFLOAT16 if bfloat16 else _TERM_ADD)
     stride, width = row or (0, 1)
     if fits_direct(2, stride, q):
@@ -449,7 +461,7 @@ def _conv_factored_costs(
             outputs * _padded(p, _RATES[isa].lanes) * q * taps * idle * _DIRECT_PRODUCT + weights * _DIRECT_FORM
         )
         cost[Plan.DIRECT] += added * (_DIRECT_ADD_BFLOAT16 if bfloat16 else _DIRECT_ADD)
-    dense = _conv_costs(pixels, outputs, n, P, Q, p, q, taps)
+    dense = _conv_costs(pixels, outputs, n, P, Q, p, q, taps, bfloat16, isa)
     contiguous, copied = pointwise or (False, 0)
     cost |= {plan: of_plan * _narrow(P * p, Q * q) + copied * _TURN_IMAGE for plan, of_plan in dense.items()}
     if pointwise:
@@ -504,7 +516,8 @@ def phc_conv_factored_grad(
     By PANEL the input's gradient has a plan of its own; ``row`` and ``pointwise`` are those of that plan.
     """
     of_input = _conv_factored_costs(outputs, outputs, n, Q, P, q, p, taps, R, bfloat16, row, pointwise, isa)
-    of_weights = P * p * Q * q * taps * (_CONV_GRAD_FORM + outputs * _CONV_GRAD_PRODUCT)
+    grad_product = _CONV_GRAD_PRODUCT * _conv_product(bfloat16, isa) / _CONV_PRODUCT
+    of_weights = P * p * Q * q * taps * (_CONV_GRAD_FORM + outputs * grad_product)
     of_weights += (pixels * Q * q + outputs * P * p) * _CONV_GRAD_READ
     cost = {Plan.PANEL: min(of_input.values()) + of_weights}
     if pointwise:
@@ -514,7 +527,7 @@ def phc_conv_factored_grad(
         cost[Plan.POINTWISE] = min(linear.values()) / _RATES[isa].convolution + copied * _TURN_IMAGE
     else:
         add = _TERM_ADD_BFLOAT16 if bfloat16 else _TERM_ADD
-        product = outputs * p * q * taps * _CONV_PRODUCT * _narrow(p, q)
+        product = outputs * p * q * taps * _conv_product(bfloat16, isa) * _narrow(p, q)
         # Before the convolutions, and for dV and dW; for dx.
         additions = 2 * (R + Q) * pixels * q * add + 2 * (R + P) * outputs * p * add + (R + Q) * pixels * q * add
         products = (2 + _CONV_WEIGHT_GRAD) * product + 3 * p * q * taps * _TERM_FORM + 3 * _TERM_CALL

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-SETS = ("baseline", "avx2", "avx512", "avx512_bf16") if platform.machine() == "x86_64" else ("baseline",)
+SETS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx_bf16") if platform.machine() == "x86_64" else ("baseline",)
 ISA = "from phydi_kernels.kernels import cpu; import torch; assert cpu.available(); print(torch.ops.phydi_cpu.isa())"
 # Values of every kernel, and solutions one by one and along a path of taus, beside those of the plain implementation.
 # Sizes are none of a vector's, and beyond those from which a path is solved on a band. An error is allowed to be some

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "amx.h"
 #include "kernels.h"
 #include "vec.h"
 
@@ -14,12 +15,16 @@ inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 template <class Fn>
 void parallel(const Threads& threads, int64_t tasks, const Fn& fn) {
+  const auto task = [](void* context, int64_t index) {
+    [[maybe_unused]] const AmxOfTask amx;
+    (*static_cast<const Fn*>(context))(index);
+  };
+  Fn* const context = const_cast<Fn*>(&fn);
   if (tasks == 1 || threads.count == 1) {
-    for (int64_t i = 0; i < tasks; ++i) fn(i);
+    for (int64_t i = 0; i < tasks; ++i) task(context, i);
     return;
   }
-  threads.run(
-      tasks, [](void* context, int64_t index) { (*static_cast<const Fn*>(context))(index); }, const_cast<Fn*>(&fn));
+  threads.run(tasks, task, context);
 }
 
 // Multiplications in the time that it takes to start another thread.

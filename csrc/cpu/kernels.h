@@ -104,8 +104,8 @@ struct ChannelEpilogue {
   bool relu;
 };
 
-// The kernels of one instruction set.
-#define PHYDI_DECLARE_KERNELS(isa)                                                                                     \
+// The kernels of one instruction set: linear layers, and the others.
+#define PHYDI_DECLARE_LINEAR(isa)                                                                                      \
   namespace isa {                                                                                                      \
   /* y (rows, P*p) from x (rows, Q*q). */                                                                              \
   void phm_linear(DType, Plan, int64_t rows, Rows x, const Algebra&, const Weights&, const Epilogue&, const Threads&); \
@@ -118,6 +118,10 @@ struct ChannelEpilogue {
   /* dA (n, P, Q) in the compute type and dF (n, p, q) contiguous, by stream or panel; F has unit stride along q. */   \
   void phm_linear_weight_grad(DType, Plan, int64_t rows, Rows grad, Rows x, const Algebra&, const Weights&, void* dA,  \
                               void* dF, const Threads&);                                                               \
+  }
+
+#define PHYDI_DECLARE_OTHERS(isa)                                                                                      \
+  namespace isa {                                                                                                      \
   /* H (P*p, Q*q), contiguous; F contiguous. */                                                                        \
   void kron_sum(DType, const Algebra&, const Weights&, void* H, const Threads&);                                       \
   /* dA and dF, both in the compute type, from G = dL/dH (P*p, Q*q), contiguous; F contiguous. */                      \
@@ -170,9 +174,15 @@ struct ChannelEpilogue {
   void eigh_small(DType, int64_t P, int64_t L, const void* S, void* values, void* vectors, const Threads&);            \
   }
 
-PHYDI_DECLARE_KERNELS(baseline)
-PHYDI_DECLARE_KERNELS(avx2)
-PHYDI_DECLARE_KERNELS(avx512)
-PHYDI_DECLARE_KERNELS(avx512_bf16)
+PHYDI_DECLARE_LINEAR(baseline)
+PHYDI_DECLARE_OTHERS(baseline)
+PHYDI_DECLARE_LINEAR(avx2)
+PHYDI_DECLARE_OTHERS(avx2)
+PHYDI_DECLARE_LINEAR(avx512)
+PHYDI_DECLARE_OTHERS(avx512)
+PHYDI_DECLARE_LINEAR(avx512_bf16)
+PHYDI_DECLARE_OTHERS(avx512_bf16)
+// With the others of avx512_bf16.
+PHYDI_DECLARE_LINEAR(amx_bf16)
 
 }  // namespace phydi

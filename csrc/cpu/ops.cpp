@@ -15,6 +15,8 @@
 
 #if defined(__linux__)
 #include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 #include "kernels.h"
@@ -53,31 +55,40 @@ struct Kernels {
   decltype(&baseline::band_solve) band_solve;
 };
 
-#define PHYDI_KERNELS(isa, supported) \
-  {#isa,                              \
-   supported,                         \
-   isa::phm_linear,                   \
-   isa::phm_linear_weight_grad,       \
-   isa::phm_linear_factored,          \
-   isa::phm_linear_factored_grad,     \
-   isa::kron_sum,                     \
-   isa::kron_sum_grad,                \
-   isa::mix,                          \
-   isa::pre_add,                      \
-   isa::post_add,                     \
-   isa::phc_conv_factored,            \
-   isa::block_dots,                   \
-   isa::epilogue,                     \
-   isa::kernel_matrix,                \
-   isa::within_scatter,               \
-   isa::asymmetry,                    \
-   isa::cholesky,                     \
-   isa::cholesky_solve,               \
-   isa::times,                        \
-   isa::eigh_small,                   \
-   isa::band_reduce,                  \
-   isa::band_cholesky,                \
-   isa::band_solve}
+#define PHYDI_KERNELS(isa, others, supported) \
+  {#isa,                                      \
+   supported,                                 \
+   isa::phm_linear,                           \
+   isa::phm_linear_weight_grad,               \
+   isa::phm_linear_factored,                  \
+   isa::phm_linear_factored_grad,             \
+   others::kron_sum,                          \
+   others::kron_sum_grad,                     \
+   others::mix,                               \
+   others::pre_add,                           \
+   others::post_add,                          \
+   others::phc_conv_factored,                 \
+   others::block_dots,                        \
+   others::epilogue,                          \
+   others::kernel_matrix,                     \
+   others::within_scatter,                    \
+   others::asymmetry,                         \
+   others::cholesky,                          \
+   others::cholesky_solve,                    \
+   others::times,                             \
+   others::eigh_small,                        \
+   others::band_reduce,                       \
+   others::band_cholesky,                     \
+   others::band_solve}
+
+#if defined(PHYDI_AMX_BF16)
+// Linux gives a process the state of the tile registers when it asks for it.
+bool has_amx() {
+  constexpr long request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+         syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+}
+#endif
 
 // The best compiled set that this processor has; PHYDI_MAX_CPU_ISA names the best one to consider.
 const Kernels& kernels() {
@@ -91,13 +102,16 @@ const Kernels& kernels() {
 #endif
     const Kernels sets[] = {
 #if defined(PHYDI_X86)
+#if defined(PHYDI_AMX_BF16)
+        PHYDI_KERNELS(amx_bf16, avx512_bf16, has_avx512 && __builtin_cpu_supports("avx512bf16") && has_amx()),
+#endif
 #if defined(PHYDI_AVX512_BF16)
-        PHYDI_KERNELS(avx512_bf16, has_avx512 && __builtin_cpu_supports("avx512bf16")),
+        PHYDI_KERNELS(avx512_bf16, avx512_bf16, has_avx512 && __builtin_cpu_supports("avx512bf16")),
 #endif
-        PHYDI_KERNELS(avx512, has_avx512),
-        PHYDI_KERNELS(avx2, has_avx2),
+        PHYDI_KERNELS(avx512, avx512, has_avx512),
+        PHYDI_KERNELS(avx2, avx2, has_avx2),
 #endif
-        PHYDI_KERNELS(baseline, true),
+        PHYDI_KERNELS(baseline, baseline, true),
     };
     const char* most = std::getenv("PHYDI_MAX_CPU_ISA");
     bool within = most == nullptr;

@@ -19,8 +19,24 @@ inline Vec<Compute<In>> packed_lines(const E* const (&lines)[kPerLane<In>], int6
   return vector(lines[0]);
 }
 
+// to[m * kBlockStride + lane] = from[lane * height + m] for lanes [0, lanes).
+template <class T, int64_t height>
+void turn_rows(const T* from, int64_t lanes, T* to) {
+  constexpr int64_t vector = kLanes<T>;
+  static_assert(height % vector == 0);
+  for (int64_t lane = 0; lane < lanes; lane += vector) {
+    for (int64_t v = 0; v < height; v += vector) {
+      Vec<T> square[vector];
+      for (int64_t j = 0; j < vector; ++j)
+        square[j] = lane + j < lanes ? load(from + (lane + j) * height + v) : Vec<T>{};
+      transpose<T>(square);
+      for (int64_t j = 0; j < vector; ++j) store(to + (v + j) * kBlockStride<T> + lane, square[j]);
+    }
+  }
+}
+
 // G (rows, columns) = sum_b row(b)^T column(b), from functions (b, first, count, scratch) that return entries [first,
-// first + count) of a batch row, where they lie or written to `scratch`. G has room for round_up(rows, kTileRows) rows
+// first + count) of a batch row, where they lie or written to `scratch`. G has room for round_up(rows, kRows<In>) rows
 // of `stride`, a whole number of strips; `packed_columns` for that stride times kDepth. `first`: G is written, not
 // added to.
 template <class In, class RowEntries, class ColumnEntries>
@@ -30,12 +46,13 @@ void outer_product(int64_t batch, int64_t rows, int64_t columns, const RowEntrie
   using T = Compute<In>;
   constexpr int64_t per = kPerLane<In>, vector = kLanes<T>;
   // As many blocks of rows for each thread as for the others.
-  const int64_t shares = ceil_div(ceil_div(rows, kBlockRows), threads.count) * threads.count;
-  const int64_t block_rows = round_up(ceil_div(rows, shares), kTileRows), blocks = ceil_div(rows, block_rows);
+  const int64_t shares = ceil_div(ceil_div(rows, kBlockRows<In>), threads.count) * threads.count;
+  const int64_t block_rows = round_up(ceil_div(rows, shares), kRows<In>), blocks = ceil_div(rows, block_rows);
   const int64_t workers = std::min(blocks, threads.count), strips = ceil_div(columns, kStrip<T>);
   if (first && batch == 0) std::fill(G, G + rows * stride, T(0));
   for (int64_t b = 0; b < batch; b += per * kDepth<T>) {
     const int64_t steps = std::min<int64_t>(per * kDepth<T>, batch - b), lanes = ceil_div(steps, per);
+    const bool start = first && b == 0;
     // pack(lane, lines) for lanes [begin, end) of entries [from, from + count). Lines that are written are read some
     // lanes later: unaligned vectors of what was just stored would wait for the stores.
     const auto each_lane = [&](const auto& entries, int64_t begin, int64_t end, int64_t from, int64_t count,
@@ -66,23 +83,33 @@ void outer_product(int64_t batch, int64_t rows, int64_t columns, const RowEntrie
                 });
     });
     parallel(threads, workers, [&](int64_t worker) {
-      // Tiles of rows, one lane of kTileRows entries after the other; a vector may be written past the last.
-      constexpr int64_t tile_size = kTileRows * kDepth<T> + vector;
-      const Scratch<T> packed_rows(block_rows / kTileRows * tile_size);
+      // Tiles of rows, one lane of kRows entries after the other; a vector may be written past the last.
+      constexpr int64_t height = kRows<In>, tile_size = height * kDepth<T> + vector;
+      const Scratch<T> packed_rows(block_rows / height * tile_size),
+          turned(kAmx<In> ? block_rows * kBlockStride<T> : 0);
       for (int64_t block = blocks * worker / workers; block < blocks * (worker + 1) / workers; ++block) {
         const int64_t row = block * block_rows, count = std::min<int64_t>(block_rows, rows - row);
         each_lane(row_entries, 0, lanes, row, count, [&](int64_t lane, const auto& lines) {
-          for (int64_t m = 0; m < count; m += kTileRows)
-            for (int64_t v = 0; v < kTileRows; v += vector)
-              store(packed_rows.get() + m / kTileRows * tile_size + lane * kTileRows + v,
+          for (int64_t m = 0; m < count; m += height)
+            for (int64_t v = 0; v < height; v += vector)
+              store(packed_rows.get() + m / height * tile_size + lane * height + v,
                     packed_lines<In>(lines, m + v, count));
         });
+        if constexpr (kAmx<In>)
+          for (int64_t m = 0; m < count; m += height)
+            turn_rows<T, height>(packed_rows.get() + m / height * tile_size, lanes, turned.get() + m * kBlockStride<T>);
         for (int64_t strip = 0; strip < strips; ++strip) {
           const int64_t column = strip * kStrip<T>;
-          for (int64_t m = 0; m < count; m += kTileRows)
-            tile<In, 1, kTileRows>(count - m, columns - column)(
-                lanes, packed_rows.get() + m / kTileRows * tile_size, packed_columns.get() + strip * lanes * kStrip<T>,
-                kStrip<T>, first && b == 0, G + (row + m) * stride + column, stride);
+          for (int64_t m = 0; m < count; m += height) {
+            const T *a = packed_rows.get() + m / height * tile_size, *b = packed_columns.get() + column * lanes;
+            T* c = G + (row + m) * stride + column;
+            if constexpr (kAmx<In>) {
+              a = turned.get() + m * kBlockStride<T>;
+              tile<In, kBlockStride<T>, 1>(height, columns - column)(lanes, a, b, kStrip<T>, start, c, stride);
+            } else {
+              tile<In, 1, height>(count - m, columns - column)(lanes, a, b, kStrip<T>, start, c, stride);
+            }
+          }
         }
       }
     });

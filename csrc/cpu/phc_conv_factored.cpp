@@ -28,10 +28,10 @@ using TapsFn = void (*)(int64_t taps, const int64_t* offsets, int64_t depth, con
 
 template <class In, int NV, int row_stride>
 TapsFn<Compute<In>> taps_of_pixels(int64_t pixels) {
-  if (pixels > kTileSizes[1]) return run_taps<In, kTileSizes[0], NV, row_stride>;
-  if (pixels > kTileSizes[2]) return run_taps<In, kTileSizes[1], NV, row_stride>;
-  if (pixels > kTileSizes[3]) return run_taps<In, kTileSizes[2], NV, row_stride>;
-  return run_taps<In, kTileSizes[3], NV, row_stride>;
+  if (pixels > kTileSizes<In>[1]) return run_taps<In, kTileSizes<In>[0], NV, row_stride>;
+  if (pixels > kTileSizes<In>[2]) return run_taps<In, kTileSizes<In>[1], NV, row_stride>;
+  if (pixels > kTileSizes<In>[3]) return run_taps<In, kTileSizes<In>[2], NV, row_stride>;
+  return run_taps<In, kTileSizes<In>[3], NV, row_stride>;
 }
 
 template <class In, int row_stride>
@@ -204,7 +204,7 @@ struct Direct {
     std::vector<int64_t> offsets(taps);
     for (int64_t t = 0; t < taps; ++t)
       offsets[t] = (t / w.kernel[1] * w.dilation[0] * x_columns + t % w.kernel[1] * w.dilation[1]) * x_pixel;
-    const int64_t step = tile_step(some_columns, p > kLanes<T> ? 4 : 8);
+    const int64_t step = tile_step<In>(some_columns, p > kLanes<T> ? 4 : 8);
     for (int64_t r = 0; r < R; ++r) {
       for (int64_t strip = 0; strip < strips; ++strip) {
         const T* b = weights + (r * strips + strip) * strip_size;

@@ -25,7 +25,7 @@ void multiply(int64_t batch, const Linear<In>& op, const Epilogue& epilogue, con
   const int64_t share = std::max<int64_t>(kPackBytes, op.P * op.p * op.Q * op.q * int64_t(sizeof(In)) / op.n);
   // At most what keeps c in L2.
   const int64_t held = std::min(strips, std::min<int64_t>(32, std::max<int64_t>(1, share / strip_bytes)));
-  const int64_t block_rows = std::min<int64_t>(kBlockRows, round_up(ceil_div(rows, threads.count), kTileRows));
+  const int64_t block_rows = std::min<int64_t>(kBlockRows<In>, round_up(ceil_div(rows, threads.count), kRows<In>));
   const int64_t blocks = ceil_div(rows, block_rows);
   const int64_t workers = std::min(blocks, threads.count);
   const int64_t c_stride = held * kStrip<T>;
@@ -51,18 +51,20 @@ void multiply(int64_t batch, const Linear<In>& op, const Epilogue& epilogue, con
             panel ? op.plain_row(row + m, k, steps, to) : op.mixed_row(row + m, k, steps, to);
           }
           // The last tile reads rows that do not exist.
-          for (int64_t m = count; m < round_up(count, kTileRows); ++m)
+          for (int64_t m = count; m < round_up(count, kRows<In>); ++m)
             std::fill_n(packed.get() + m * kBlockStride<T>, steps, T(0));
           for (int64_t j = 0; j < some; ++j) {
             const int64_t column = (first_strip + j) * kStrip<T>;
             const T* b = weights.get() + (j * depth + k) * kStrip<T>;
             const int64_t width = std::min<int64_t>(columns - column, kStrip<T>);
-            for (int64_t m = 0; m < count; m += kTileRows) {
+            for (int64_t m = 0; m < count; m += kRows<In>) {
               T* to = c.get() + m * c_stride + j * kStrip<T>;
-              tile<In, kBlockStride<T>, 1>(count - m, width)(steps, packed.get() + m * kBlockStride<T>, b, kStrip<T>,
-                                                             k == 0, to, c_stride);
+              // Tiles of one size, for which the registers of AMX stay set up.
+              const int64_t of_tile = kAmx<In> && count > kRows<In> ? kRows<In> : count - m;
+              tile<In, kBlockStride<T>, 1>(of_tile, width)(steps, packed.get() + m * kBlockStride<T>, b, kStrip<T>,
+                                                           k == 0, to, c_stride);
               if (k + steps < depth) continue;
-              for (int64_t r = m; r < std::min<int64_t>(m + kTileRows, count); ++r)
+              for (int64_t r = m; r < std::min<int64_t>(m + kRows<In>, count); ++r)
                 output.write((row + r) / split, (row + r) % split, column, width,
                              c.get() + r * c_stride + j * kStrip<T>);
             }

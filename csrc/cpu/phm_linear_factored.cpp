@@ -203,12 +203,12 @@ class MixedRows {
   using T = Compute<In>;
 
  public:
-  MixedRows(const Ranks<In>& op, int64_t block_rows, int64_t ranks)
+  MixedRows(const Ranks<In>& op, int64_t rows, int64_t ranks)
       : op_(op),
-        padded_(round_up(block_rows, kTileRows)),
+        rows_(rows),
         ranks_(std::max<int64_t>(1, kDepth<T> / op.depth())),
         parts_(ceil_div(op.depth(), kDepth<T>)),
-        data_(ceil_div(ranks, ranks_) * parts_ * padded_ * kBlockStride<T>) {}
+        data_(ceil_div(ranks, ranks_) * parts_ * rows_ * kBlockStride<T>) {}
 
   // Bytes for one row of `ranks` ranks.
   static int64_t row_bytes(const Ranks<In>& op, int64_t ranks) {
@@ -224,7 +224,7 @@ class MixedRows {
   // Row m of part `part` of the rank `r` places after the first; rows are kBlockStride apart.
   T* at(int64_t r, int64_t part, int64_t m) const {
     const int64_t segment = r / ranks_ * parts_ + part;
-    return data_.get() + (segment * padded_ + m) * kBlockStride<T> + r % ranks_ * op_.depth();
+    return data_.get() + (segment * rows_ + m) * kBlockStride<T> + r % ranks_ * op_.depth();
   }
 
   // Rows [m, end) of the ranks [first, last) from the rows of the input from `row` on; those from `count` on do not
@@ -259,7 +259,7 @@ class MixedRows {
   }
 
   const Ranks<In>& op_;
-  int64_t padded_, ranks_, parts_;
+  int64_t rows_, ranks_, parts_;
   Scratch<T> data_;
 };
 
@@ -309,25 +309,27 @@ void multiply_ranks(int64_t rows, const Ranks<In>& op, const Output<In>* output,
   // One block of rows: each packed strip is used once, at once. Several: as many strips as fit are packed for all. A
   // larger block, where its rows are read for each strip in less time than the packed weights once more.
   const bool far = strips * strip_size * int64_t(sizeof(T)) > kFarBytes;
-  const bool single = rows <= kBlockRows || (far && rows <= op.p * kPerLane<In> / 8);
+  const bool single = rows <= kBlockRows<In> || (far && rows <= op.p * kPerLane<In> / 8);
   int64_t group = R, block_rows = std::max<int64_t>(rows, 1);
   if (!single) {
     // Whole tiles, as many blocks for each thread as for the others.
-    const int64_t most = op.p > 8 * kStrip<T> ? kBlockRows / 2 : kBlockRows;
+    const int64_t most = op.p > 8 * kStrip<T> ? kBlockRows<In> / 2 : kBlockRows<In>;
     const int64_t shares = ceil_div(ceil_div(rows, most), threads.count) * threads.count;
-    block_rows = round_up(ceil_div(rows, shares), kTileRows);
+    block_rows = round_up(ceil_div(rows, shares), kRows<In>);
     while (group > 1 && MixedRows<In>::row_bytes(op, group) * block_rows > kGroupBytes) --group;
     const int64_t one = MixedRows<In>::row_bytes(op, 1);
     if (one * block_rows > kGroupBytes)
-      block_rows = std::max<int64_t>(kTileRows, kGroupBytes / one / kTileRows * kTileRows);
+      block_rows = std::max<int64_t>(kRows<In>, kGroupBytes / one / kRows<In> * kRows<In>);
     group = ceil_div(R, ceil_div(R, group));
   }
-  const int64_t blocks = ceil_div(rows, block_rows), padded = round_up(block_rows, kTileRows);
+  const int64_t step = single ? tile_step<In>(rows, 4) : kRows<In>;
+  const int64_t blocks = ceil_div(rows, block_rows), padded = round_up(block_rows, step);
   const int64_t share = std::max<int64_t>(kPackBytes, op.n * op.p * op.q * int64_t(sizeof(In)));
   // At most what keeps the results of a block in L2.
-  const int64_t held = single ? strips
-                              : std::min({strips, std::max<int64_t>(1, share / (strip_size * int64_t(sizeof(T)))),
-                                          std::max<int64_t>(1, 1024 / (kStrip<T> * outputs) * kBlockRows / padded)});
+  const int64_t held = single
+                           ? strips
+                           : std::min({strips, std::max<int64_t>(1, share / (strip_size * int64_t(sizeof(T)))),
+                                       std::max<int64_t>(1, 1024 / (kStrip<T> * outputs) * kBlockRows<In> / padded)});
   const int64_t workers = std::min(single ? strips : blocks, threads.count);
   const int64_t result_size = padded * outputs * kStrip<T>;
   const Scratch<Vec<T>> sums(dots ? workers * R * outputs : 0);
@@ -357,12 +359,11 @@ void multiply_ranks(int64_t rows, const Ranks<In>& op, const Output<In>* output,
 
   const int64_t piece = op.piece();
   if (single) {
-    const MixedRows<In> mixed(op, block_rows, R);
+    const MixedRows<In> mixed(op, padded, R);
     const int64_t packers = rows * R * op.inputs * op.q < kThreadStart ? 1 : std::min(padded, threads.count);
     parallel(threads, packers, [&](int64_t packer) {
       mixed.pack(padded * packer / packers, padded * (packer + 1) / packers, 0, rows, 0, R);
     });
-    const int64_t step = tile_step(rows, 4);
     std::optional<TermRanks<In>> in_place;
     if (std::is_same_v<In, T> && op.combines_lines()) in_place.emplace(op);
     parallel(threads, workers, [&](int64_t worker) {
@@ -379,9 +380,10 @@ void multiply_ranks(int64_t rows, const Ranks<In>& op, const Output<In>* output,
           pack_piece(op, terms_of_F, column, width, lane, count, terms.get(), packed.get(), packed_stride,
                      [&](int64_t r, const T* b, int64_t b_stride) {
                        for (int64_t m = 0; m < rows; m += step) {
-                         const int64_t some = std::min(step, rows - m);
-                         const auto multiply = b_stride == kStrip<T> ? tile<In, kBlockStride<T>, 1, false>(some, width)
-                                                                     : tile<In, kBlockStride<T>, 1, true>(some, width);
+                         const int64_t some = kAmx<In> ? step : std::min(step, rows - m);
+                         const auto multiply = kAmx<In> || b_stride == kStrip<T>
+                                                   ? tile<In, kBlockStride<T>, 1, false>(some, width)
+                                                   : tile<In, kBlockStride<T>, 1, !kAmx<In>>(some, width);
                          multiply(count, mixed.at(r, lane / kDepth<T>, m) + lane % kDepth<T>, b, b_stride, lane == 0,
                                   products.get() + r * product_stride + m * kStrip<T>, kStrip<T>);
                        }
@@ -404,20 +406,20 @@ void multiply_ranks(int64_t rows, const Ranks<In>& op, const Output<In>* output,
                      [](int64_t, const T*, int64_t) {});
       });
       parallel(threads, workers, [&](int64_t worker) {
-        const MixedRows<In> mixed(op, block_rows, group);
+        const MixedRows<In> mixed(op, padded, group);
         const Scratch<T> products(group * product_stride), results(some * result_size);
         for (int64_t block = blocks * worker / workers; block < blocks * (worker + 1) / workers; ++block) {
           const int64_t row = block * block_rows, count = std::min(block_rows, rows - row);
           for (int64_t first = 0; first < R; first += group) {
             const int64_t last = std::min(first + group, R);
-            mixed.pack(0, round_up(count, kTileRows), row, count, first, last);
+            mixed.pack(0, round_up(count, kRows<In>), row, count, first, last);
             for (int64_t j = 0; j < some; ++j) {
               const int64_t strip = first_strip + j;
               for (int64_t r = first; r < last; ++r) {
                 for (int64_t part = 0; part < mixed.parts(); ++part) {
                   const T* b = packed.get() + j * strip_size + (r * depth + part * kDepth<T>)*kStrip<T>;
-                  for (int64_t m = 0; m < count; m += kTileRows)
-                    tile<In, kBlockStride<T>, 1>(count - m, op.p - strip * kStrip<T>)(
+                  for (int64_t m = 0; m < count; m += kRows<In>)
+                    tile<In, kBlockStride<T>, 1>(kAmx<In> ? kRows<In> : count - m, op.p - strip * kStrip<T>)(
                         mixed.lanes(part), mixed.at(r - first, part, m), b, kStrip<T>, part == 0,
                         products.get() + (r - first) * product_stride + m * kStrip<T>, kStrip<T>);
                 }
@@ -479,7 +481,7 @@ void weights_grad(int64_t batch, Rows grad, Rows x, const Factors& f, const Weig
   const int64_t share = std::max<int64_t>(kPackBytes, n * p * q * int64_t(sizeof(In))) / int64_t(sizeof(T));
   const int64_t most = std::min<int64_t>(share / (R * p), kPackBytes / int64_t(sizeof(T)) / kDepth<T>);
   const int64_t width = std::min(q, std::max<int64_t>(most / kStrip<T> * kStrip<T>, kStrip<T>));
-  const int64_t stride = round_up(width, kStrip<T>), rows = round_up(p, kTileRows);
+  const int64_t stride = round_up(width, kStrip<T>), rows = round_up(p, kRows<In>);
   const Scratch<T> G(R * rows * stride), scratch(stride * kDepth<T>);
   for (int64_t s = 0; s < q; s += width) {
     const int64_t columns = std::min(width, q - s);

@@ -72,7 +72,7 @@ void run(Plan plan, int64_t batch, Rows grad, Rows x, const Algebra& algebra, co
   const int64_t most = std::min(share / (rows * Q), kPackBytes / (Q * kDepth<T> * int64_t(sizeof(T))));
   const int64_t width = std::min(q, std::max<int64_t>(most / kStrip<T> * kStrip<T>, kStrip<T>));
   const int64_t strips_most = ceil_div(Q * width, kStrip<T>);
-  const Scratch<T> G(round_up(rows, kTileRows) * strips_most * kStrip<T>);
+  const Scratch<T> G(round_up(rows, kRows<In>) * strips_most * kStrip<T>);
   const Scratch<T> scratch(strips_most * kStrip<T> * kDepth<T>);
 
   for (int64_t s = 0; s < q; s += width) {

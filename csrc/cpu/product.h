@@ -20,8 +20,19 @@ constexpr int kTileRows = 14;  // 28 accumulators of 32 registers
 constexpr int kTileRows = 6;  // 12 accumulators of 16 registers
 #endif
 constexpr int kTileVectors = 2;
-// The numbers of rows that tiles are compiled for.
-constexpr int kTileSizes[] = {kTileRows, (kTileRows + 2) / 2, (kTileRows + 2) / 4, (kTileRows + 2) / 8};
+// Whether tile registers multiply packed operands.
+template <class In>
+constexpr bool kAmx = false;
+#if defined(__AMX_BF16__)
+template <>
+constexpr bool kAmx<bf16> = true;
+#endif
+// Rows of the largest tile, and the numbers of rows that tiles are compiled for.
+template <class In>
+constexpr int kRows = kAmx<In> ? 32 : kTileRows;
+template <class In>
+constexpr int kTileSizes[] = {kRows<In>, kAmx<In> ? 24 : (kTileRows + 2) / 2, kAmx<In> ? 16 : (kTileRows + 2) / 4,
+                              kAmx<In> ? 8 : (kTileRows + 2) / 8};
 
 // A tile's strip of the weight operand (depth kDepth) takes at most two thirds of a 48 KiB L1.
 template <class T>
@@ -29,7 +40,8 @@ constexpr int kDepth = 1024 / int(sizeof(T));
 // A row of a packed block: kDepth entries and one cache line, so that rows do not fall into the same L1 sets.
 template <class T>
 constexpr int kBlockStride = kDepth<T> + 64 / int(sizeof(T));
-constexpr int kBlockRows = 112 / kTileRows * kTileRows;
+template <class In>
+constexpr int kBlockRows = 112 / kRows<In> * kRows<In>;
 template <class T>
 constexpr int kStrip = kTileVectors * kLanes<T>;
 // Packed weights held at a time: this much, or 1/n of H where that is more.
@@ -150,35 +162,66 @@ void run_tile(int64_t depth, const Compute<In>* a, const Compute<In>* b, [[maybe
   store_tile<T>(acc, c, c_stride);
 }
 
+// The same by tile registers of AMX, b without a stride of its own; lanes that do not fill one by vectors.
+template <class In, int M, int NV, int row_stride>
+void run_amx_tile(int64_t depth, const Compute<In>* a, const Compute<In>* b, int64_t b_stride, bool first,
+                  Compute<In>* c, int64_t c_stride) {
+#if defined(__AMX_BF16__)
+  constexpr int some = 8, strip = kStrip<float>;
+  static_assert(M % some == 0);
+  const int64_t steps = depth / kAmxLanes, whole = steps * kAmxLanes;
+  if (steps) multiply_amx<M, NV, row_stride, strip>(steps, a, b, first, c, c_stride);
+  if (whole == depth) return;
+  for (int m = 0; m < M; m += some)
+    run_tile<In, some, NV, row_stride, 1, false>(depth - whole, a + whole + m * row_stride, b + whole * strip, b_stride,
+                                                 first && steps == 0, c + m * c_stride, c_stride);
+#endif
+}
+
 // The tile function for `rows` rows and `columns` columns, rounded up to what is compiled.
 template <class T>
 using TileFn = void (*)(int64_t depth, const T* a, const T* b, int64_t b_stride, bool first, T* c, int64_t c_stride);
 
 template <class In, int row_stride, int step_stride, bool apart, int M>
 TileFn<Compute<In>> tile_of_columns(int64_t columns) {
-  return columns > kLanes<Compute<In>> ? run_tile<In, M, 2, row_stride, step_stride, apart>
-                                       : run_tile<In, M, 1, row_stride, step_stride, apart>;
+  const bool wide = columns > kLanes<Compute<In>>;
+  if constexpr (kAmx<In>) {
+    static_assert(step_stride == 1 && !apart);
+    return wide ? run_amx_tile<In, M, 2, row_stride> : run_amx_tile<In, M, 1, row_stride>;
+  } else {
+    return wide ? run_tile<In, M, 2, row_stride, step_stride, apart>
+                : run_tile<In, M, 1, row_stride, step_stride, apart>;
+  }
 }
 
 template <class In, int row_stride, int step_stride, bool apart = false>
 TileFn<Compute<In>> tile(int64_t rows, int64_t columns) {
-  if (rows > kTileSizes[1]) return tile_of_columns<In, row_stride, step_stride, apart, kTileSizes[0]>(columns);
-  if (rows > kTileSizes[2]) return tile_of_columns<In, row_stride, step_stride, apart, kTileSizes[1]>(columns);
-  if (rows > kTileSizes[3]) return tile_of_columns<In, row_stride, step_stride, apart, kTileSizes[2]>(columns);
-  return tile_of_columns<In, row_stride, step_stride, apart, kTileSizes[3]>(columns);
+  constexpr auto& sizes = kTileSizes<In>;
+  if (rows > sizes[1]) return tile_of_columns<In, row_stride, step_stride, apart, sizes[0]>(columns);
+  if (rows > sizes[2]) return tile_of_columns<In, row_stride, step_stride, apart, sizes[1]>(columns);
+  if (rows > sizes[3]) return tile_of_columns<In, row_stride, step_stride, apart, sizes[2]>(columns);
+  return tile_of_columns<In, row_stride, step_stride, apart, sizes[3]>(columns);
 }
 
 // Rows of a tile, so that the tiles of `rows` take least; fewer than `busy` of them leave units idle.
-inline int64_t tile_step(int64_t rows, int64_t busy) {
+template <class In>
+int64_t tile_step(int64_t rows, int64_t busy) {
+  if constexpr (kAmx<In>) {
+    // Tiles of one size, for which the registers stay set up.
+    int64_t best = kRows<In>;
+    for (const int size : kTileSizes<In>)
+      if (round_up(rows, size) < round_up(rows, best)) best = size;
+    return best;
+  }
   const auto cost = [&](int64_t step) {
     const auto of_tile = [&](int64_t some) {
-      int64_t compiled = kTileSizes[0];
-      for (const int size : kTileSizes) compiled = some <= size ? size : compiled;
+      int64_t compiled = kRows<In>;
+      for (const int size : kTileSizes<In>) compiled = some <= size ? size : compiled;
       return std::max(compiled, busy) + 1;
     };
     return rows / step * of_tile(step) + (rows % step ? of_tile(rows % step) : 0);
   };
-  return cost(kTileSizes[1]) < cost(kTileSizes[0]) ? kTileSizes[1] : kTileSizes[0];
+  return cost(kTileSizes<In>[1]) < cost(kTileSizes<In>[0]) ? kTileSizes<In>[1] : kTileSizes<In>[0];
 }
 
 }  // namespace
