@@ -14,6 +14,7 @@ import pytest
 MODULES = (
     "phydi_kernels",
     "phydi_kernels.algebra",
+    "phydi_kernels.convert",
     "phydi_kernels.functional",
     "phydi_kernels.inference",
     "phydi_kernels.models",
