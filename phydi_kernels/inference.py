@@ -16,6 +16,7 @@ from tqdm import tqdm
 from . import plans
 from ._check import check_flag
 from ._dataflow import Dataflow
+from ._table import table
 from .algebra import BilinearAlgorithm, DecompositionError, decompose
 from .kernels.phc_conv_factored import side_by_side
 from .nn import PHConv1d, PHConv2d, PHConv3d, PHMEmbedding, PHMLinear, PHYDILinear
@@ -79,12 +80,7 @@ class InferenceReport:
         if not self.layers:
             return "optimize_for_inference: no parameterized hypercomplex layer, the model is unchanged"
         rows = [("layer", "n", "R", "R/n^2", "residual", "growth", "weights", "folded"), *map(_row, self.layers)]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        sides = "<>>>>><<"
-        lines = [
-            "  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=True)).rstrip()
-            for row in rows
-        ]
+        lines = table(rows, sides="<>>>>><<")
         lines += [f"{layer.name or layer.kind} is left as it is: {layer.left}" for layer in self.layers if layer.left]
         lines += [f"{layer.name}: {layer.not_folded}" for layer in self.layers if layer.not_folded]
         if self.untraced:

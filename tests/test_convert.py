@@ -425,7 +425,7 @@ def non_finite(value: float) -> nn.Linear:
         (nn.Linear(8, 8, device="meta"), 2, {}, ValueError, "the weight of linear is on the meta device"),
         (nn.LazyLinear(8), 2, {}, ValueError, "the weight of linear is not initialised yet"),
         (nn.Linear(8, 8, dtype=torch.complex64), 2, {}, TypeError, "dtype=torch.complex64 is not one of"),
-        (linear(8, 8), 2, {"algebra": "complex"}, TypeError, r"algebra must be None or a tensor .* not str"),
+        (linear(8, 8), 2, {"algebra": "complex"}, TypeError, r"algebra must be None or a real .* not str"),
         (
             linear(8, 8),
             2,

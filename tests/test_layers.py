@@ -23,7 +23,7 @@ LAYERS = (
     ("reference",),
     ("plans", "plans_cuda"),
     ("algebra",),
-    ("_check", "_dataflow"),
+    ("_check", "_dataflow", "_table"),
     ("",),
 )
 # What is imported from elsewhere: by every module, and by those that an extra of the installation serves.

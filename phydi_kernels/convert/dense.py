@@ -26,9 +26,10 @@ from tqdm import tqdm
 
 from .. import reference
 from .._check import DTYPES, check_flag, check_integer
+from .._table import table
 from ..algebra import DecompositionError
 from ..nn import PHConv1d, PHConv2d, PHConv3d, PHMLinear
-from ..nn._init import check_rank
+from ..nn._init import check_rank, check_structure
 
 __all__ = ["ConversionReport", "LayerReport", "convert_model", "from_conv", "from_linear"]
 
@@ -82,12 +83,7 @@ class ConversionReport:
         if not self.layers:
             return "convert_model: no linear layer and no convolution, the model is unchanged"
         rows = [("layer", "was", "is", "before", "parameters", "|W-H|/|W|"), *map(_row, self.layers)]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        sides = "<<<>>>"
-        lines = [
-            "  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=True)).rstrip()
-            for row in rows
-        ]
+        lines = table(rows, sides="<<<>>>")
         lines += [f"{layer.name or layer.kind} is left as it is: {layer.left}" for layer in self.layers if layer.left]
         converted = [layer for layer in self.layers if not layer.left]
         before, after = sum(layer.before for layer in converted), sum(layer.after or 0 for layer in converted)
@@ -272,7 +268,8 @@ class _Options:
     def __init__(self, n: int, algebra: Tensor | None, algebra_rank: int | str | None, learn: bool | None) -> None:
         self.n = check_integer("n", n)
         self.algebra_rank = check_rank("algebra_rank", algebra_rank, self.n)
-        self.algebra = None if algebra is None else _check_algebra(algebra, self.n)
+        allowed = f"None or a real floating-point tensor of shape (n, n, n) = ({self.n}, {self.n}, {self.n})"
+        self.algebra = None if algebra is None else check_structure("algebra", algebra, self.n, allowed).cpu().double()
         if learn is not None:
             check_flag("learn_algebra", learn)
         self.learn_algebra = algebra is None if learn is None else learn
@@ -285,21 +282,6 @@ class _Options:
                 *(self.n,) * 3, bias=False, algebra_rank=self.algebra_rank, init=A, device="cpu", dtype=torch.float64
             )
         return {name: p.detach() for name, p in smallest.named_parameters() if name != "F"}
-
-
-def _check_algebra(algebra: Tensor, n: int) -> Tensor:
-    """``algebra`` in float64 on the CPU."""
-    if not isinstance(algebra, Tensor):
-        raise TypeError(f"algebra must be None or a tensor of shape (n, n, n), not {type(algebra).__name__}")
-    if not algebra.is_floating_point():
-        raise TypeError(f"algebra has dtype {algebra.dtype}; it must be real and of a floating-point dtype")
-    if algebra.shape != (n, n, n):
-        raise ValueError(f"algebra has shape {tuple(algebra.shape)}; it must be (n, n, n) = ({n}, {n}, {n})")
-    if algebra.is_meta:
-        raise ValueError("algebra is on the meta device and holds no values")
-    if not algebra.isfinite().all() or not algebra.any():
-        raise ValueError("algebra must be finite, and not zero everywhere")
-    return algebra.detach().cpu().double()
 
 
 def _counterpart(dense: Dense, options: _Options, *, empty: bool = False) -> Layer:

@@ -46,17 +46,22 @@ def check_init(name: str, init: str | Tensor, n: int) -> str | Tensor:
         if init not in ("fan", "reference"):
             raise ValueError(f"{name}={init!r} is not one of {allowed}")
         return init
-    if not isinstance(init, Tensor):
-        raise TypeError(f"{name} must be {allowed}, not {type(init).__name__}")
-    if not init.is_floating_point():
-        raise TypeError(f"{name} has dtype {init.dtype}; it must be {allowed}")
-    if init.shape != (n, n, n):
-        raise ValueError(f"{name} has shape {tuple(init.shape)}; it must be {allowed}")
-    if init.is_meta:
+    return check_structure(name, init, n, allowed)
+
+
+def check_structure(name: str, A: Any, n: int, allowed: str) -> Tensor:
+    """A copy of the structure tensor A (n, n, n); ``allowed`` says in errors what the argument may be."""
+    if not isinstance(A, Tensor):
+        raise TypeError(f"{name} must be {allowed}, not {type(A).__name__}")
+    if not A.is_floating_point():
+        raise TypeError(f"{name} has dtype {A.dtype}; it must be {allowed}")
+    if A.shape != (n, n, n):
+        raise ValueError(f"{name} has shape {tuple(A.shape)}; it must be {allowed}")
+    if A.is_meta:
         raise ValueError(f'{name} is on the meta device and holds no values; make it with device="cpu"')
-    if not init.isfinite().all() or not init.any():
+    if not A.isfinite().all() or not A.any():
         raise ValueError(f"{name} must be finite, and not zero everywhere")
-    return init.detach().clone()
+    return A.detach().clone()
 
 
 def check_rank(name: str, rank: Any, n: int) -> int | None:
