@@ -446,6 +446,16 @@ def test_errors_of_linear_layers(given, n, options, kind, message):
         from_linear(given, n, **options)
 
 
+def test_weights_that_overflow_are_refused():
+    """Where all blocks are equal, the entries of A are 1/sqrt(n)."""
+    given = nn.Linear(8, 8, dtype=torch.float16)
+    nn.init.constant_(given.weight, 60_000)
+    with pytest.raises(ValueError, match="the weight of linear is too large: F does not fit into torch.float16"):
+        from_linear(given, 4)
+    nn.init.constant_(given.weight, 30_000)
+    assert from_linear(given, 4).F.isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("given", "kind", "message"),
     (

@@ -135,7 +135,8 @@ def from_linear(
         TypeError: ``linear`` is no nn.Linear or has no real floating-point dtype, n is no integer, or another argument
             has the wrong type.
         ValueError: n is below 1 or does not divide a size; the weight is on the meta device, not yet initialised, NaN
-            or infinite; ``algebra`` is not ``(n, n, n)``, not finite, or zero; ``algebra_rank`` is out of range.
+            or infinite, or so large that F, of up to sqrt(n) times its size, overflows; ``algebra`` is not
+            ``(n, n, n)``, not finite, or zero; ``algebra_rank`` is out of range.
         DecompositionError: no algorithm of ``algebra_rank`` terms was found.
     """
     if not isinstance(linear, nn.Linear):
@@ -341,7 +342,10 @@ def _nearest(name: str, dense: Dense, options: _Options) -> tuple[Layer, float]:
         parts.append((solve @ block).to(weight.dtype))
         errors.append((block - terms.mT @ parts[-1].double()).norm())
         sizes.append(block.norm())
-    layer.F.copy_(torch.cat(parts, 1).view(layer.F.shape))
+    F = torch.cat(parts, 1)
+    if not F.isfinite().all():
+        raise ValueError(f"the weight of {name} is too large: F does not fit into {weight.dtype}")
+    layer.F.copy_(F.view(layer.F.shape))
     size = torch.stack(sizes).norm().item()
     return layer, torch.stack(errors).norm().item() / size if size else 0.0
 
