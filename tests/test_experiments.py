@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import math
@@ -201,7 +202,12 @@ def test_a_run_killed_again_and_again_at_random_moments_ends_as_one_never_stoppe
 
 
 def newest_change(folder: Path) -> float:
-    return max((path.stat().st_mtime for path in folder.glob("checkpoint.pt*")), default=0.0)
+    newest = 0.0
+    for path in folder.glob("checkpoint.pt*"):
+        # The run renames checkpoint.pt.tmp when it is whole.
+        with contextlib.suppress(FileNotFoundError):
+            newest = max(newest, path.stat().st_mtime)
+    return newest
 
 
 def train_one_thread(job: runs.Run, out: Path, save_share: float) -> None:
