@@ -1,391 +1,679 @@
-"""load_reference_state_dict: the published layers and networks, written anew from their formulas and names."""
+"""Checkpoints of the published layers and models, which are written anew here from their formulas and names."""
 
 from __future__ import annotations
 
 import copy
 import math
-from typing import Any
+from collections import OrderedDict
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from phydi_kernels import algebra, models
+from phydi_kernels import models, optimize_for_inference
 from phydi_kernels.convert import load_reference_state_dict
+from phydi_kernels.models import PHTransformerLM
 from phydi_kernels.nn import (
     PHConv1d,
     PHConv2d,
+    PHConv3d,
     PHMEmbedding,
     PHMLinear,
     PHMMultiheadAttention,
-    PHTransformerEncoder,
+    PHTransformerDecoderLayer,
     PHTransformerEncoderLayer,
-    PHYDIResidual,
+    PHYDILinear,
 )
 
-TOLERANCE = 1e-10  # of float64, relative to the largest result
+f64 = {"dtype": torch.float64}
+CONVOLVE = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
+OURS = {1: PHConv1d, 2: PHConv2d, 3: PHConv3d}
 
 
-def kronecker_sum(A: Tensor, F: Tensor) -> Tensor:
-    """H[k*p + r, l*q + s, ...] = sum_i A[i, k, l] F[i, r, s, ...]."""
-    H = torch.einsum("ikl,irs...->krls...", A, F)
-    return H.flatten(2, 3).flatten(0, 1)
+def kronecker(A: Tensor, F: Tensor) -> Tensor:
+    """sum_i A_i (x) F_i, at each kernel position on its own."""
+    positions = F.flatten(3) if F.dim() > 3 else F.unsqueeze(-1)
+    H = torch.stack(
+        [sum(torch.kron(a, f) for a, f in zip(A, positions[..., t], strict=True)) for t in range(positions.shape[-1])],
+        dim=-1,
+    )
+    return H.unflatten(-1, F.shape[3:]) if F.dim() > 3 else H.squeeze(-1)
 
 
-def parameter(*shape: int) -> nn.Parameter:
-    return nn.Parameter(torch.randn(*shape, dtype=torch.float64) / math.sqrt(shape[-1]))
+class Hypercomplex(nn.Module):
+    """A, a stack of weights and a bias, under the published names."""
 
-
-class Linear(nn.Module):
-    def __init__(self, n: int, in_features: int, out_features: int, names: str = "AS", weighted: bool = False) -> None:
+    def __init__(self, n, shape, features, names):
         super().__init__()
         self.names = names
-        setattr(self, names[0], parameter(n, n, n))
-        setattr(self, names[1], parameter(n, out_features // n, in_features // n))
-        self.bias = parameter(out_features)
-        if weighted:
-            self.kron_weights = parameter(n)
+        for name, size in zip(names, ((n, n, n), (n, *shape)), strict=True):
+            self.register_parameter(name, nn.Parameter(torch.empty(size)))
+        self.register_parameter("bias", None if features is None else nn.Parameter(torch.empty(features)))
 
-    def weight(self) -> Tensor:
-        A, S = (getattr(self, name) for name in self.names)
-        return kronecker_sum(A * self.kron_weights[:, None, None] if hasattr(self, "kron_weights") else A, S)
+    def weight(self):
+        return kronecker(*(getattr(self, name) for name in self.names))
 
-    def forward(self, x: Tensor) -> Tensor:
+
+class Linear(Hypercomplex):
+    def __init__(self, n, in_features, out_features, names=("A", "S")):
+        super().__init__(n, (out_features // n, in_features // n), out_features, names)
+
+    def forward(self, x):
         return functional.linear(x, self.weight(), self.bias)
 
 
-class Conv(nn.Module):
-    """With a bias that the forward does not add."""
+class WeightedLinear(Linear):
+    def __init__(self, n, in_features, out_features):
+        super().__init__(n, in_features, out_features)
+        self.kron_weights = nn.Parameter(torch.empty(n))
 
-    def __init__(
-        self, n: int, channels: int, out: int, kernel: int, padding: int = 0, stride: int = 1, names: str = "AF", dims=2
-    ) -> None:
-        super().__init__()
-        self.names, self.dims, self.options = names, dims, {"stride": stride, "padding": padding}
-        setattr(self, names[0], parameter(n, n, n))
-        setattr(self, names[1], parameter(n, out // n, channels // n, *(kernel,) * dims))
-        self.bias = parameter(out)
+    def forward(self, x):
+        H = kronecker(self.kron_weights.view(-1, 1, 1) * self.A, self.S)
+        return functional.linear(x, H, self.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        H = kronecker_sum(*(getattr(self, name) for name in self.names))
-        return (functional.conv1d if self.dims == 1 else functional.conv2d)(x, H, **self.options)
+
+class Conv(Hypercomplex):
+    """Its bias is a parameter, and not added."""
+
+    def __init__(self, n, in_channels, out_channels, kernel_size, padding=0, stride=1, dilation=1, dims=2, names="AF"):
+        shape = out_channels // n, in_channels // n, *(kernel_size,) * dims
+        super().__init__(n, shape, out_channels, tuple(names))
+        self.convolve = partial(CONVOLVE[dims], stride=stride, padding=padding, dilation=dilation)
+
+    def forward(self, x):
+        return self.convolve(x, self.weight())
+
+
+class Embedding(Hypercomplex):
+    def __init__(self, n, num_embeddings, embedding_dim):
+        super().__init__(n, (num_embeddings // n, embedding_dim // n), None, ("A", "S"))
+
+    def forward(self, tokens):
+        return self.weight()[tokens]
 
 
 class Block(nn.Module):
-    def __init__(self, n: int, channels: int, width: int, stride: int, bottleneck: bool, phydi: bool) -> None:
+    def __init__(self, conv, in_channels, width, stride, bottleneck, rezero):
         super().__init__()
-        sizes = [(3, stride, width), (3, 1, width)]
         if bottleneck:
-            sizes = [(1, 1, width), (3, stride, width), (1, 1, 4 * width)]
-        self.count, out = len(sizes), sizes[-1][2]
-        self.shortcut = nn.Sequential()
-        if stride != 1 or channels != out:
-            self.shortcut = nn.Sequential(Conv(n, channels, out, 1, stride=stride), nn.BatchNorm2d(out))
-        for i, (kernel, step, to) in enumerate(sizes, start=1):
-            self.add_module(f"conv{i}", Conv(n, channels, to, kernel, kernel // 2, step))
-            self.add_module(f"bn{i}", nn.BatchNorm2d(to))
-            channels = to
-        if phydi:
-            self.res_weight = parameter(1)
+            sizes = [(in_channels, width, 1, 1), (width, width, 3, stride), (width, 4 * width, 1, 1)]
+        else:
+            sizes = [(in_channels, width, 3, stride), (width, width, 3, 1)]
+        self.length = len(sizes)
+        for i, (size_in, size_out, kernel, step) in enumerate(sizes, start=1):
+            self.add_module(f"conv{i}", conv(size_in, size_out, kernel, kernel // 2, step))
+            self.add_module(f"bn{i}", nn.BatchNorm2d(size_out))
+        out = sizes[-1][1]
+        same = stride == 1 and in_channels == out
+        self.shortcut = (
+            nn.Sequential() if same else nn.Sequential(conv(in_channels, out, 1, 0, stride), nn.BatchNorm2d(out))
+        )
+        if rezero:
+            self.res_weight = nn.Parameter(torch.empty(1))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         y = x
-        for i in range(1, self.count + 1):
-            y = self.get_submodule(f"bn{i}")(self.get_submodule(f"conv{i}")(y))
-            y = torch.relu(y) if i < self.count else y
+        for i in range(1, self.length + 1):
+            y = getattr(self, f"bn{i}")(getattr(self, f"conv{i}")(y))
+            y = y.relu() if i < self.length else y
         if hasattr(self, "res_weight"):
-            return self.shortcut(x) + self.res_weight * torch.relu(y)
-        return torch.relu(self.shortcut(x) + y)
+            return self.shortcut(x) + self.res_weight * y.relu()
+        return (self.shortcut(x) + y).relu()
+
+
+def dense_conv(in_channels, out_channels, kernel_size, padding, stride):
+    return nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, bias=False)
 
 
 class ResNet(nn.Module):
-    def __init__(self, n: int, blocks: tuple[int, ...], bottleneck: bool, phydi: bool, width: int) -> None:
+    BLOCKS = {18: (2, 2, 2, 2), 50: (3, 4, 6, 3), 152: (3, 8, 36, 3)}
+
+    def __init__(self, depth, n, widths=(64, 128, 256, 512), rezero=False, names="AF"):
         super().__init__()
-        images = 3 + -3 % n
-        self.conv1, self.bn1 = Conv(n, images, width, 3, 1), nn.BatchNorm2d(width)
-        channels = width
-        for stage, count in enumerate(blocks):
-            layer = nn.Sequential()
-            for index in range(count):
-                stride = 2 if stage and not index else 1
-                layer.append(Block(n, channels, width << stage, stride, bottleneck, phydi))
-                channels = (width << stage) * (4 if bottleneck else 1)
-            self.add_module(f"layer{stage + 1}", layer)
+        conv = dense_conv if n == 1 else partial(Conv, n, names=names)
+        self.zero_channels = -3 % n
+        channels = widths[0]
+        self.conv1 = conv(3 + self.zero_channels, channels, 3, 1, 1)
+        self.bn1 = nn.BatchNorm2d(channels)
+        for stage, (width, count) in enumerate(zip(widths, self.BLOCKS[depth], strict=True), start=1):
+            blocks = []
+            for i in range(count):
+                blocks.append(Block(conv, channels, width, 2 if stage > 1 and i == 0 else 1, depth > 18, rezero))
+                channels = width if depth == 18 else 4 * width
+            self.add_module(f"layer{stage}", nn.Sequential(*blocks))
         self.linear = nn.Linear(channels, 10)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.relu(self.bn1(self.conv1(x)))
-        for stage in range(1, 5):
-            x = self.get_submodule(f"layer{stage}")(x)
-        return self.linear(functional.avg_pool2d(x, x.shape[-1]).flatten(1))
+    def forward(self, x):
+        zeros = x.new_zeros(len(x), self.zero_channels, *x.shape[2:])
+        y = self.bn1(self.conv1(torch.cat((zeros, x), 1))).relu()
+        y = self.layer4(self.layer3(self.layer2(self.layer1(y))))
+        return self.linear(functional.avg_pool2d(y, 4).flatten(1))
 
 
 class Attention(nn.Module):
-    def __init__(self, n: int, d: int, heads: int) -> None:
+    """Of (length, batch, d)."""
+
+    def __init__(self, n, d, heads):
         super().__init__()
         self.heads = heads
-        self.A, self.S, self.in_proj_bias = parameter(n, n, n), parameter(n, 3 * d // n, d // n), parameter(3 * d)
+        self.A = nn.Parameter(torch.empty(n, n, n))
+        self.S = nn.Parameter(torch.empty(n, 3 * d // n, d // n))
+        self.in_proj_bias = nn.Parameter(torch.empty(3 * d))
         self.out_proj = Linear(n, d, d)
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        L, B, d = x.shape
-        parts = functional.linear(x, kronecker_sum(self.A, self.S), self.in_proj_bias).chunk(3, -1)
-        q, k, v = (t.reshape(L, B * self.heads, d // self.heads).transpose(0, 1) for t in parts)
-        weights = torch.softmax(q @ k.mT / math.sqrt(d // self.heads) + mask, -1)
-        return self.out_proj((weights @ v).transpose(0, 1).reshape(L, B, d))
+    def forward(self, x, mask):
+        L, N, d = x.shape
+        projected = functional.linear(x, kronecker(self.A, self.S), self.in_proj_bias)
+        q, k, v = (t.reshape(L, N * self.heads, -1).transpose(0, 1) for t in projected.chunk(3, -1))
+        weights = torch.softmax(q @ k.transpose(1, 2) / math.sqrt(d // self.heads) + mask, -1)
+        return self.out_proj((weights @ v).transpose(0, 1).reshape(L, N, d))
 
 
 class EncoderLayer(nn.Module):
-    def __init__(self, n: int, d: int, heads: int, hidden: int, norm: str) -> None:
+    """``norm``: "pre", "post", or "None", a text, whose normalisations are not used."""
+
+    def __init__(self, n, d, heads, feed, norm, rezero):
         super().__init__()
         self.norm = norm
         self.self_attn = Attention(n, d, heads)
-        self.linear1, self.linear2 = Linear(n, d, hidden), Linear(n, hidden, d)
-        if norm == "phydi":
-            self.res_weight1, self.res_weight2 = parameter(1), parameter(1)
-        else:
+        self.linear1, self.linear2 = Linear(n, d, feed), Linear(n, feed, d)
+        if rezero:
+            self.res_weight1, self.res_weight2 = nn.Parameter(torch.empty(1)), nn.Parameter(torch.empty(1))
+        self.rezero = rezero
+        if norm is not None:
             self.ln1, self.ln2 = nn.LayerNorm(d), nn.LayerNorm(d)
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        branches = (lambda t: self.self_attn(t, mask), lambda t: self.linear2(torch.relu(self.linear1(t))))
+    def forward(self, x, mask):
+        branches = (lambda y: self.self_attn(y, mask), lambda y: self.linear2(self.linear1(y).relu()))
         for i, branch in enumerate(branches, start=1):
-            if self.norm == "phydi":
-                x = x + getattr(self, f"res_weight{i}") * branch(x)
-            elif self.norm == "pre":
-                x = x + branch(self.get_submodule(f"ln{i}")(x))
-            else:
-                x = self.get_submodule(f"ln{i}")(x + branch(x))
-        return x
-
-
-class Encoder(nn.Module):
-    def __init__(self, layers: list[EncoderLayer]) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(layers)
-
-    def forward(self, x: Tensor) -> Tensor:
-        mask = torch.full((len(x), len(x)), -math.inf, dtype=x.dtype).triu(1)
-        for layer in self.layers:
-            x = layer(x, mask)
+            y = branch(getattr(self, f"ln{i}")(x) if self.norm == "pre" else x)
+            x = x + (getattr(self, f"res_weight{i}") * y if self.rezero else y)
+            x = getattr(self, f"ln{i}")(x) if self.norm == "post" else x
         return x
 
 
 class LanguageModel(nn.Module):
-    """Tokens (length, batch) to logits (length, batch, tokens)."""
+    """Of tokens (length, batch)."""
 
-    def __init__(self, n: int, tokens: int, d: int, heads: int, hidden: int, layers: int, norm: str) -> None:
+    def __init__(self, n, heads, num_layers, d, tokens, feed, norm, rezero):
         super().__init__()
-        self.transformer_encoder = Encoder([EncoderLayer(n, d, heads, hidden, norm) for _ in range(layers)])
+        self.d = d
+        self.transformer_encoder = nn.Module()
+        self.transformer_encoder.layers = nn.ModuleList(
+            EncoderLayer(n, d, heads, feed, norm, rezero) for _ in range(num_layers)
+        )
         self.generator = Linear(n, d, tokens)
         self.src_tok_emb = nn.Module()
-        self.src_tok_emb.embedding = nn.Module()
-        self.src_tok_emb.embedding.A, self.src_tok_emb.embedding.S = (
-            parameter(n, n, n),
-            parameter(n, tokens // n, d // n),
-        )
+        self.src_tok_emb.embedding = Embedding(n, tokens, d)
         self.positional_encoding = nn.Module()
-        angles = torch.arange(50.0, dtype=torch.float64)[:, None]
-        angles = angles * 10000 ** (-torch.arange(0, d, 2, dtype=torch.float64) / d)
-        waves = torch.stack((angles.sin(), angles.cos()), -1).flatten(1)
-        self.positional_encoding.register_buffer("pos_embedding", waves[:, None])
+        angles = torch.arange(5000, **f64).unsqueeze(1) / 10000 ** (torch.arange(0, d, 2, **f64) / d)
+        positions = torch.stack((angles.sin(), angles.cos()), -1).flatten(1).unsqueeze(1)
+        self.positional_encoding.register_buffer("pos_embedding", positions)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        embedding = self.src_tok_emb.embedding
-        x = kronecker_sum(embedding.A, embedding.S)[tokens]
-        x = x * math.sqrt(x.shape[-1]) * math.sqrt(x.shape[-1]) + self.positional_encoding.pos_embedding[: len(tokens)]
-        return self.generator(self.transformer_encoder(x))
+    def forward(self, tokens):
+        x = self.src_tok_emb.embedding(tokens) * math.sqrt(self.d) * math.sqrt(self.d)
+        x = x + self.positional_encoding.pos_embedding[: len(tokens)]
+        mask = torch.full((len(tokens),) * 2, -math.inf, **f64).triu(1)
+        for layer in self.transformer_encoder.layers:
+            x = layer(x, mask)
+        return self.generator(x)
 
 
 def randomized(module: nn.Module) -> nn.Module:
-    """In float64, with normalisations away from their start."""
-    for m in module.double().modules():
-        if isinstance(m, (nn.BatchNorm2d, nn.LayerNorm)):
-            nn.init.uniform_(m.weight, 0.5, 1.5)
-            nn.init.normal_(m.bias, std=0.3)
-        if isinstance(m, nn.BatchNorm2d):
-            nn.init.normal_(m.running_mean, std=0.3)
-            nn.init.uniform_(m.running_var, 0.5, 1.5)
+    """In float64, with all entries random but positions and idle normalisations."""
+    generator = torch.Generator().manual_seed(0)
+    module = module.double()
+    for name, value in module.state_dict().items():
+        leaf = name.rpartition(".")[2]
+        if leaf == "num_batches_tracked":
+            value.fill_(7)
+        elif leaf == "running_var":
+            value.uniform_(0.5, 1.5, generator=generator)
+        elif leaf != "pos_embedding":
+            fan = math.prod(value.shape[2:]) if value.dim() > 2 else value.shape[-1] if value.dim() == 2 else 1
+            value.normal_(std=fan**-0.5, generator=generator)
+    for layer in module.modules():
+        if isinstance(layer, EncoderLayer) and layer.norm == "None":
+            layer.ln1.reset_parameters()
+            layer.ln2.reset_parameters()
     return module
 
 
-def assert_same(found: Tensor, expected: Tensor) -> None:
-    assert found.shape == expected.shape and expected.abs().max() > 0
-    assert (found - expected).abs().max() <= TOLERANCE * expected.abs().max()
+def normal(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1), **f64)
 
 
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
+def assert_equal_outputs(ours: nn.Module, published: nn.Module, x: Tensor) -> None:
+    expected = published(x)
+    y = ours(x)
+    torch.testing.assert_close(y, expected, rtol=0, atol=1e-10 * expected.abs().max().item())
 
 
-DOUBLE: dict[str, Any] = {"dtype": torch.float64}
+def load_all(ours: nn.Module, published: nn.Module) -> None:
+    """Strictly, with the given state_dict untouched."""
+    state = published.state_dict()
+    names, before = list(state), copy.deepcopy(state)
+    result = load_reference_state_dict(ours, state)
+    assert result.missing_keys == [] and result.unexpected_keys == []
+    assert list(state) == names
+    assert all(torch.equal(state[name], before[name]) for name in names)
 
 
-@pytest.mark.parametrize("names", ("AS", "as"))
-def test_linear_layer(names: str) -> None:
-    theirs, ours = Linear(3, 12, 15, names), PHMLinear(12, 15, 3, **DOUBLE)
-    result = load_reference_state_dict(ours, theirs.state_dict())
-    assert result.missing_keys == result.unexpected_keys == []
-    x = torch.randn(5, 12, **DOUBLE)
-    assert_same(ours(x), theirs(x))
-
-
-def test_linear_layer_with_kronecker_weights() -> None:
-    theirs, ours = Linear(4, 8, 16, weighted=True), PHMLinear(8, 16, 4, kron_weights=True, **DOUBLE)
-    load_reference_state_dict(ours, theirs.state_dict())
-    x = torch.randn(5, 8, **DOUBLE)
-    assert_same(ours(x), theirs(x))
-
-
-def test_linear_layer_of_known_rank() -> None:
-    theirs, ours = Linear(4, 8, 16), PHMLinear(8, 16, 4, algebra_rank="generic", **DOUBLE)
-    load_reference_state_dict(ours, theirs.state_dict())
-    x = torch.randn(5, 8, **DOUBLE)
-    assert_same(ours(x), theirs(x))
-
-
-@pytest.mark.parametrize("names", ("AF", "as"))
-@pytest.mark.parametrize("bias", (True, False))
-def test_convolution_adds_no_bias(names: str, bias: bool) -> None:
-    theirs, ours = Conv(2, 4, 6, 3, 1, 2, names), PHConv2d(4, 6, 3, 2, 2, 1, bias=bias, **DOUBLE)
-    result = load_reference_state_dict(ours, theirs.state_dict())
-    assert result.missing_keys == result.unexpected_keys == []
-    x = torch.randn(2, 4, 7, 7, **DOUBLE)
-    assert_same(ours(x), theirs(x))
-
-
-def test_convolution_in_one_dimension() -> None:
-    theirs, ours = Conv(2, 4, 6, 3, 1, dims=1), PHConv1d(4, 6, 3, 2, padding=1, **DOUBLE)
-    load_reference_state_dict(ours, theirs.state_dict())
-    x = torch.randn(2, 4, 7, **DOUBLE)
-    assert_same(ours(x), theirs(x))
-
-
-@pytest.mark.parametrize("n", (2, 4))
-@pytest.mark.parametrize("phydi", (False, True))
-@pytest.mark.parametrize("depth", (18, 50))
-def test_residual_network(n: int, phydi: bool, depth: int) -> None:
-    blocks, make = {18: ((2, 2, 2, 2), models.phresnet18), 50: ((3, 4, 6, 3), models.phresnet50)}[depth]
-    theirs = randomized(ResNet(n, blocks, depth == 50, phydi, width=8))
-    ours = make(n, width=8, init="phydi" if phydi else "standard", **DOUBLE)
-    result = load_reference_state_dict(ours, theirs.state_dict())
-    assert result.missing_keys == result.unexpected_keys == []
-    images = torch.randn(2, 3, 16, 16, **DOUBLE)
-    padded = functional.pad(images, (0, 0, 0, 0, -3 % n, 0))
-    assert_same(ours.eval()(images), theirs.eval()(padded))
-    assert_same(ours.train()(images), theirs.train()(padded))
-    assert_same(ours.layer1[0].branch.bn1.running_mean, theirs.layer1[0].bn1.running_mean)
-
-
-def test_published_number_of_parameters() -> None:
-    """Of width 64 and n = 4, with an alpha a block, and 4,800 biases that are never added."""
-    ours = models.phresnet18(4, init="phydi")
-    theirs = ResNet(4, (2, 2, 2, 2), False, True, width=64)
-    count = sum(p.numel() for p in theirs.parameters())
-    assert count == 2_810_770 and sum(p.numel() for p in ours.parameters()) == count - 4_800
-    load_reference_state_dict(ours, theirs.state_dict())
-
-
-@pytest.mark.parametrize("norm", ("phydi", "pre", "post"))
-def test_language_model(norm: str) -> None:
-    theirs = randomized(LanguageModel(4, 24, 16, 2, 32, 3, norm))
-    ours = models.PHTransformerLM(24, 16, 2, 4, 3, 32, norm=norm, alphas="separate", **DOUBLE).eval()
-    if norm == "pre":
-        ours.encoder.norm = None
-    result = load_reference_state_dict(ours, theirs.state_dict())
-    assert result.missing_keys == result.unexpected_keys == []
-    tokens = torch.randint(24, (7, 3))
-    assert_same(ours(tokens.T), theirs(tokens).transpose(0, 1))
-
-
-def test_attention_and_encoder_layer_alone() -> None:
-    theirs, ours = Attention(2, 8, 2), PHMMultiheadAttention(8, 2, 2, **DOUBLE)
-    load_reference_state_dict(ours, theirs.state_dict())
-    x, mask = torch.randn(5, 3, 8, **DOUBLE), torch.zeros(5, 5, **DOUBLE)
-    assert_same(ours(x, x, x)[0], theirs(x, mask))
-    layer = randomized(EncoderLayer(2, 8, 2, 12, "post"))
-    twin = PHTransformerEncoderLayer(8, 2, 2, 12, norm="post", **DOUBLE).eval()
-    load_reference_state_dict(twin, layer.state_dict())
-    assert_same(twin(x), layer(x, mask))
-
-
-class Mixed(nn.Module):
-    def __init__(self, encoder: nn.Module, linear: nn.Module, conv: nn.Module) -> None:
-        super().__init__()
-        self.body = nn.ModuleDict({"encoder": encoder, "convs": nn.Sequential(conv, nn.BatchNorm2d(4))})
-        self.head, self.scale = linear, parameter(1)
-
-
-def test_layers_inside_another_module() -> None:
-    theirs = randomized(Mixed(Encoder([EncoderLayer(2, 8, 2, 12, "phydi")]), Linear(2, 8, 6), Conv(2, 4, 4, 3)))
-    layer = PHTransformerEncoderLayer(8, 2, 2, 12, norm="phydi", alphas="separate", **DOUBLE)
-    ours = Mixed(PHTransformerEncoder(layer, 1), PHMLinear(8, 6, 2, **DOUBLE), PHConv2d(4, 4, 3, 2, **DOUBLE)).double()
-    load_reference_state_dict(ours, theirs.state_dict())
-    assert torch.equal(ours.scale, theirs.scale)
-    x, images = torch.randn(5, 3, 8, **DOUBLE), torch.randn(2, 4, 6, 6, **DOUBLE)
-    assert_same(ours.head(ours.body["encoder"].eval()(x, is_causal=True)), theirs.head(theirs.body["encoder"](x)))
-    assert_same(ours.body["convs"](images), theirs.body["convs"](images))
-
-
-def test_prefix_of_data_parallel() -> None:
-    theirs, ours = Linear(2, 4, 6), PHMLinear(4, 6, 2, **DOUBLE)
-    load_reference_state_dict(ours, nn.DataParallel(theirs).state_dict())
-    assert torch.equal(ours.F, theirs.S)
-    # A name of the module itself.
-    branch = PHYDIResidual(PHMLinear(4, 4, 2, **DOUBLE)).double()
-    square = Linear(2, 4, 4)
-    result = load_reference_state_dict(branch, nn.ModuleDict({"module": square}).state_dict(), strict=False)
-    assert torch.equal(branch.module.F, square.S) and result.missing_keys == ["alpha"]
-
-
-def test_parameters_keep_dtype_and_the_checkpoint_its_values() -> None:
-    theirs, ours = Linear(2, 4, 6), PHMEmbedding(6, 4, 2)
-    checkpoint = theirs.state_dict()
-    del checkpoint["bias"]
-    before = copy.deepcopy(checkpoint)
-    F = ours.F
-    load_reference_state_dict(ours, checkpoint)
-    assert ours.F is F and F.dtype is torch.float32 and torch.equal(F, theirs.S.float())
-    assert checkpoint.keys() == before.keys() and all(torch.equal(t, before[name]) for name, t in checkpoint.items())
-
-
-def refused(ours: nn.Module, checkpoint: Any, message: str, error: type = RuntimeError, **options: Any) -> None:
-    """The error, and a module that is as it was."""
+def failure(ours: nn.Module, state: dict[str, Tensor], *, strict: bool = True) -> str:
+    """The message of a load that fails, and leaves the module as it was."""
     before = copy.deepcopy(ours.state_dict())
-    with pytest.raises(error, match=message):
-        load_reference_state_dict(ours, checkpoint, **options)
-    assert all(torch.equal(t, before[name]) for name, t in ours.state_dict().items())
+    with pytest.raises(RuntimeError) as error:
+        load_reference_state_dict(ours, state, strict=strict)
+    after = ours.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    return str(error.value)
 
 
-def test_what_does_not_fit_is_refused() -> None:
-    linear, checkpoint = PHMLinear(4, 6, 2, **DOUBLE), Linear(2, 4, 6).state_dict()
-    refused(linear, {**checkpoint, "A2": torch.zeros(2, 2, 2)}, "A2 has no place in the module")
-    refused(linear, {"A": checkpoint["A"], "bias": checkpoint["bias"]}, "S or s is missing, for F")
-    refused(linear, Linear(2, 8, 6).state_dict(), r"S has shape \(2, 3, 4\); F needs \(2, 3, 2\)")
-    refused(linear, Linear(2, 8, 6).state_dict(), "S has shape", strict=False)
-    refused(linear, linear.state_dict(), "use module.load_state_dict")
-    refused(linear, [1], "state_dict must be a mapping", TypeError)
-    refused(
-        linear, {"state_dict": checkpoint}, r"state_dict\['state_dict'\] must be a tensor, not OrderedDict", TypeError
+# Layers
+
+
+@pytest.mark.parametrize("names", [("A", "S"), ("a", "s")], ids=["PHYDI", "HyperNets"])
+@pytest.mark.parametrize("n", [2, 3, 4])
+def test_linear(n, names):
+    published, ours = randomized(Linear(n, 12, 24, names)), PHMLinear(12, 24, n, **f64)
+    load_all(ours, published)
+    assert_equal_outputs(ours, published, normal(5, 12))
+
+
+def test_weighted_linear():
+    published, ours = randomized(WeightedLinear(4, 12, 24)), PHMLinear(12, 24, 4, kron_weights=True, **f64)
+    load_all(ours, published)
+    assert_equal_outputs(ours, published, normal(5, 12))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("names", ["AF", "as"])
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_convolution(dims, names, bias):
+    geometry = {"padding": 2, "stride": 2, "dilation": 2}
+    published = randomized(Conv(2, 4, 6, 3, **geometry, dims=dims, names=names))
+    ours = OURS[dims](4, 6, 3, 2, bias=bias, **geometry, **f64)
+    load_all(ours, published)
+    assert_equal_outputs(ours, published, normal(2, 4, *(7,) * dims))
+
+
+def test_bias_of_a_convolution_becomes_zero():
+    ours = PHConv2d(4, 4, 3, 2, **f64)
+    load_all(ours, randomized(Conv(2, 4, 4, 3)))
+    assert ours.bias.requires_grad and not ours.bias.any()
+
+
+def test_embedding():
+    published, ours = randomized(Embedding(4, 20, 12)), PHMEmbedding(20, 12, 4, **f64)
+    load_all(ours, published)
+    assert_equal_outputs(ours, published, torch.arange(20))
+
+
+@pytest.mark.parametrize("algebra_rank", [None, 7])
+def test_attention(algebra_rank):
+    published = randomized(Attention(4, 16, 2))
+    ours = PHMMultiheadAttention(16, 2, 4, algebra_rank=algebra_rank, **f64)
+    load_all(ours, published)
+    x, mask = normal(5, 3, 16), torch.zeros(5, 5, **f64)
+    torch.testing.assert_close(ours(x, x, x)[0], published(x, mask), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("norm", ["pre", "post"])
+def test_encoder_layer(norm):
+    published = randomized(EncoderLayer(4, 16, 2, 24, norm, False))
+    ours = PHTransformerEncoderLayer(16, 2, 4, 24, 0.0, norm=norm, **f64)
+    load_all(ours, published)
+    x = normal(5, 3, 16)
+    torch.testing.assert_close(ours(x), published(x, torch.zeros(5, 5, **f64)), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("algebra_rank", [7, 8, "generic"])
+def test_algebra_of_terms(algebra_rank):
+    published = randomized(nn.ModuleDict({"linear": Linear(4, 12, 8), "conv": Conv(4, 8, 4, 3)}))
+    ours = nn.ModuleDict(
+        {
+            "linear": PHMLinear(12, 8, 4, algebra_rank=algebra_rank, **f64),
+            "conv": PHConv2d(8, 4, 3, 4, algebra_rank=algebra_rank, **f64),
+        }
     )
-    refused(linear, checkpoint, "strict", TypeError, strict="no")
-    weighted = {**Conv(2, 4, 4, 3).state_dict(), "kron_weights": torch.ones(2)}
-    conv = PHConv2d(4, 4, 3, 2, kron_weights=True, **DOUBLE)
-    refused(conv, weighted, "kron_weights: the published convolution with weights is no sum of Kronecker products")
-    refused(conv, weighted, "kron_weights", strict=False)
-    refused(PHMLinear(4, 6, 2, algebra_rank=1, **DOUBLE), checkpoint, "rank 1", algebra.DecompositionError)
-    one_alpha = models.PHTransformerLM(24, 16, 2, 4, 1, 32, **DOUBLE)
-    two = LanguageModel(4, 24, 16, 2, 32, 1, "phydi").state_dict()
-    refused(one_alpha, two, "transformer_encoder.layers.0.res_weight1 has no place in the module")
-    with pytest.raises(TypeError, match="module must be a torch.nn.Module, not int"):
-        load_reference_state_dict(3, checkpoint)
+    load_all(ours, published)
+    assert_equal_outputs(ours["linear"], published["linear"], normal(3, 12))
+    assert_equal_outputs(ours["conv"], published["conv"], normal(3, 8, 5, 5))
+    U, V, W = (t.norm(dim=1) for t in (ours["linear"].U, ours["linear"].V, ours["linear"].W))
+    torch.testing.assert_close(U, V)
+    torch.testing.assert_close(U, W)
 
 
-def test_not_strict_reports_what_it_left() -> None:
-    ours = PHMLinear(4, 6, 2, **DOUBLE)
-    F = ours.F.detach().clone()
-    checkpoint = Linear(2, 4, 6).state_dict()
-    result = load_reference_state_dict(ours, {"A": checkpoint["A"], "other": torch.ones(1)}, strict=False)
-    assert result == (["F", "bias"], ["other"])
-    assert torch.equal(ours.A, checkpoint["A"]) and torch.equal(ours.F, F)
+def test_algebra_of_too_few_terms():
+    ours = nn.ModuleDict({"a": PHMLinear(4, 4, 2, **f64), "b": PHMLinear(4, 4, 2, algebra_rank=1, **f64)})
+    published = randomized(nn.ModuleDict({"a": Linear(2, 4, 4), "b": Linear(2, 4, 4)}))
+    message = failure(ours, published.state_dict())
+    assert "b.A, for b.U: no algorithm of rank 1" in message and "a.A" not in message
+
+
+def test_algebra_that_is_not_finite():
+    state = randomized(Linear(2, 4, 4)).state_dict()
+    state["A"][0, 0, 0] = math.nan
+    assert "A, for U: A must be finite" in failure(PHMLinear(4, 4, 2, algebra_rank=2, **f64), state)
+
+
+# Models
+
+
+@pytest.mark.parametrize(
+    ("depth", "n", "rezero"),
+    [(18, 2, False), (18, 4, True), (18, 1, True), (18, 1, False), (50, 2, True), (50, 4, False)],
+)
+def test_phresnet(depth, n, rezero):
+    published = randomized(ResNet(depth, n, (8, 16, 32, 64), rezero, "as" if n == 4 else "AF"))
+    make = getattr(models, f"phresnet{depth}")
+    ours = make(n, init="phydi" if rezero else "standard", width=8, **f64)
+    load_all(ours, published)
+    x = normal(2, 3, 32, 32)
+    assert_equal_outputs(ours.eval(), published.eval(), x)
+    assert_equal_outputs(ours.train(), published.train(), x)
+    torch.testing.assert_close(ours.stem.bn1.running_var, published.bn1.running_var, rtol=1e-10, atol=0)
+    assert ours.stem.bn1.num_batches_tracked == 8
+
+
+def test_phresnet_of_terms():
+    published = randomized(ResNet(18, 4, (8, 16, 32, 64), True))
+    ours = models.phresnet18(4, init="phydi", width=8, algebra_rank="generic", **f64)
+    load_all(ours, published)
+    assert_equal_outputs(ours.eval(), published.eval(), normal(2, 3, 32, 32))
+
+
+# Of the networks with 18, 50 and 152 layers, by n, with one alpha a block.
+COUNTS = {
+    1: (11_173_970, 23_520_858, 58_156_668),
+    2: (5_599_602, 11_824_514, 29_241_556),
+    3: (3_640_602, 7_587_857, 17_847_285),
+    4: (2_810_770, 5_965_530, 14_753_916),
+}
+
+
+def count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+@pytest.mark.parametrize("rezero", [False, True])
+@pytest.mark.parametrize("n", [1, 2, 3, 4])
+@pytest.mark.parametrize("depth", [18, 50, 152])
+def test_phresnet_at_its_published_size(depth, n, rezero):
+    """Both sides; ours has no bias in its convolutions."""
+    with torch.device("meta"):
+        published = ResNet(depth, n, (60, 120, 240, 516) if n == 3 else (64, 128, 256, 512), rezero)
+        ours = getattr(models, f"phresnet{depth}")(n, init="phydi" if rezero else "standard")
+    biases = sum(m.bias.numel() for m in published.modules() if isinstance(m, Conv))
+    if n in (2, 4):
+        assert biases == {18: 4_800, 50: 26_560, 152: 75_712}[depth]
+    without = 0 if rezero else sum(ResNet.BLOCKS[depth])
+    assert count(published) == COUNTS[n][list(ResNet.BLOCKS).index(depth)] - without
+    assert count(ours) == count(published) - biases
+    assert load_reference_state_dict(ours, published.state_dict()) == ([], [])
+
+
+def language_models(norm, rezero, n=4, dtype=torch.float64, **options):
+    published = randomized(LanguageModel(n, 2, 3, 12, 24, 36, norm, rezero))
+    own_norm = "phydi" if rezero else norm
+    alphas = "separate" if rezero else "shared"
+    ours = PHTransformerLM(24, 12, 2, n, 3, 36, 0.0, own_norm, alphas=alphas, dtype=dtype, **options)
+    if own_norm == "pre":
+        ours.encoder.norm = None
+    return ours, published
+
+
+@pytest.mark.parametrize("n", [2, 3, 4])
+@pytest.mark.parametrize(("norm", "rezero"), [("None", True), (None, True), ("pre", False), ("post", False)], ids=str)
+def test_language_model(norm, rezero, n):
+    ours, published = language_models(norm, rezero, n)
+    load_all(ours, published)
+    tokens = torch.randint(24, (3, 9), generator=torch.Generator().manual_seed(2))
+    expected = published(tokens.T).transpose(0, 1)
+    for mode in (True, False):
+        y = ours.train(mode)(tokens)
+        torch.testing.assert_close(y, expected, rtol=0, atol=1e-10 * expected.abs().max().item())
+
+
+def test_language_model_in_other_dtypes():
+    """Values are rounded once, and the module keeps its dtype."""
+    ours, published = language_models("None", True, dtype=torch.float32)
+    load_reference_state_dict(ours, published.state_dict())
+    S = published.src_tok_emb.embedding.S
+    assert ours.embedding.F.dtype == torch.float32
+    torch.testing.assert_close(ours.embedding.F, (S * math.sqrt(12)).float(), rtol=0, atol=0)
+    state = {name: value.bfloat16() for name, value in published.state_dict().items()}
+    load_reference_state_dict(ours, state)
+    torch.testing.assert_close(ours.embedding.F, S.bfloat16().float() * math.sqrt(12), rtol=0, atol=0)
+    torch.testing.assert_close(ours.generator.bias, published.generator.bias.bfloat16().float(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("norm", "rezero", "parameters"), [(None, True, 2_277_892), ("post", False, 2_284_012)])
+def test_language_model_at_its_published_size(norm, rezero, parameters):
+    published = LanguageModel(4, 8, 12, 128, 28_780, 256, norm, rezero)
+    ours = PHTransformerLM(28_780, norm="phydi" if rezero else norm, alphas="separate")
+    assert count(published) == count(ours) == parameters
+    load_all(ours, randomized(published).float())
+
+
+class Wrapper(nn.Module):
+    """A network of a user's own, of either kind of layers."""
+
+    def __init__(self, conv, linear, residual):
+        super().__init__()
+        self.features = nn.Sequential(conv, nn.BatchNorm2d(4), nn.ReLU())
+        self.classifier = nn.ModuleDict({"hidden": linear, "out": nn.Linear(8, 3)})
+        self.residual = residual
+        self.scale = nn.Parameter(torch.ones(3))
+
+    def forward(self, x):
+        hidden = self.classifier["hidden"](self.features(x).mean((2, 3)))
+        return self.classifier["out"](self.residual(hidden).relu()) * self.scale
+
+
+class Residual(Linear):
+    def __init__(self, n, features):
+        super().__init__(n, features, features)
+        self.alpha = nn.Parameter(torch.empty(1))
+
+    def forward(self, x):
+        return x + self.alpha * super().forward(x)
+
+
+def wrappers():
+    published = randomized(Wrapper(Conv(2, 4, 4, 3), Linear(2, 4, 8, ("a", "s")), Residual(2, 8)))
+    ours = Wrapper(PHConv2d(4, 4, 3, 2), PHMLinear(4, 8, 2, algebra_rank="generic"), PHYDILinear(8, 2)).double()
+    return ours, published
+
+
+def test_layers_in_a_model_of_the_users_own():
+    ours, published = wrappers()
+    load_all(ours, published)
+    assert_equal_outputs(ours.eval(), published.eval(), normal(2, 4, 6, 6))
+
+
+def test_models_within_a_model():
+    ours, published = language_models("post", False)
+    load_all(nn.ModuleDict({"text": ours}), nn.ModuleDict({"text": published}))
+    tokens = torch.arange(9).unsqueeze(0)
+    torch.testing.assert_close(ours(tokens), published(tokens.T).transpose(0, 1), rtol=1e-10, atol=1e-10)
+
+
+def test_checkpoint_of_the_sound_event_detection():
+    ours, published = wrappers()
+    state = {f"module.{name}": value for name, value in published.state_dict().items()}
+    result = load_reference_state_dict(ours, {"model_state_dict": state, "optimizer_state_dict": {}, "state": {}})
+    assert result == ([], [])
+    assert_equal_outputs(ours.eval(), published.eval(), normal(2, 4, 6, 6))
+
+
+def test_prefix_of_the_module_itself_stays():
+    ours, published = PHMLinear(4, 4, 2, **f64), randomized(Linear(2, 4, 4))
+    load_all(nn.ModuleDict({"module": ours}), nn.ModuleDict({"module": published}))
+    assert_equal_outputs(ours, published, normal(2, 4))
+
+
+# Names and shapes that do not fit
+
+
+def test_missing_and_unexpected_names():
+    ours, published = wrappers()
+    state = published.state_dict()
+    del state["features.0.F"], state["classifier.hidden.a"], state["scale"]
+    state["other"] = torch.zeros(1)
+    message = failure(ours, state)
+    assert "into Wrapper" in message
+    assert "unexpected names: other" in message
+    assert "missing names: scale, features.0.F, classifier.hidden.A" in message
+    before = copy.deepcopy(ours.state_dict())
+    result = load_reference_state_dict(ours, state, strict=False)
+    assert result.missing_keys == ["scale", "features.0.F", "classifier.hidden.A"]
+    assert result.unexpected_keys == ["other"]
+    after = ours.state_dict()
+    kept = {"scale", "features.0.F", "classifier.hidden.U", "classifier.hidden.V", "classifier.hidden.W"}
+    assert all(torch.equal(after[name], before[name]) for name in kept)
+    assert torch.equal(ours.classifier["hidden"].F, published.classifier["hidden"].s)
+
+
+def test_upper_case_comes_first():
+    published = randomized(Linear(2, 4, 4))
+    state = published.state_dict() | {"a": torch.zeros(2, 2, 2)}
+    ours = PHMLinear(4, 4, 2, **f64)
+    assert load_reference_state_dict(ours, state, strict=False).unexpected_keys == ["a"]
+    assert torch.equal(ours.A, published.A)
+
+
+def test_all_shapes_that_do_not_fit_are_named():
+    state = randomized(nn.ModuleDict({"a": Linear(2, 4, 6), "b": Conv(3, 3, 6, 3)})).state_dict()
+    ours = nn.ModuleDict({"a": PHMLinear(4, 8, 2, **f64), "b": PHConv2d(4, 6, 3, 2, algebra_rank=2, **f64)})
+    for strict in (True, False):
+        message = failure(ours, state, strict=strict)
+        assert "a.S has shape (2, 3, 2); it must be (2, 4, 2), for a.F" in message
+        assert "a.bias has shape (6,); it must be (8,), for a.bias" in message
+        assert "b.A has shape (3, 3, 3); it must be (2, 2, 2), for b.U" in message
+        assert "b.F has shape (3, 2, 1, 3, 3); it must be (2, 3, 2, 3, 3), for b.F" in message
+
+
+def test_entry_that_is_no_tensor():
+    state = randomized(Linear(2, 4, 4)).state_dict() | {"S": [1.0]}
+    assert "S must be a torch.Tensor, not list" in failure(PHMLinear(4, 4, 2, **f64), state)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((3, {}), "module must be a torch.nn.Module, not int"),
+        ((nn.Identity(), [1]), "state_dict must be a mapping from names to tensors, not list"),
+    ],
+)
+def test_wrong_types(arguments, message):
+    with pytest.raises(TypeError, match=message):
+        load_reference_state_dict(*arguments)
+
+
+def test_strict_must_be_a_flag():
+    with pytest.raises(TypeError, match="strict=1"):
+        load_reference_state_dict(nn.Identity(), {}, strict=1)
+
+
+@pytest.mark.parametrize("ours", [PHMLinear(4, 4, 2), models.phresnet18(2, width=8)], ids=["layer", "model"])
+def test_checkpoint_of_this_package(ours):
+    message = failure(ours, ours.state_dict())
+    assert "this package's own: its checkpoints go to load_state_dict" in message
+
+
+def test_result_is_torchs():
+    ours, state = PHMLinear(4, 4, 2), Linear(2, 4, 4).state_dict()
+    assert repr(load_reference_state_dict(ours, OrderedDict(state))) == "<All keys matched successfully>"
+
+
+# What is not loaded
+
+
+def test_weighted_convolution_is_refused():
+    state = randomized(Conv(2, 4, 4, 3)).state_dict() | {"kron_weights": torch.ones(2)}
+    for weighted in (False, True):
+        message = failure(PHConv2d(4, 4, 3, 2, kron_weights=weighted, **f64), state, strict=False)
+        assert "PHConv2d: a published convolution with kron_weights is no sum of Kronecker products" in message
+
+
+def test_second_sum_is_refused():
+    state = randomized(WeightedLinear(2, 4, 4)).state_dict()
+    state |= {"A2": state["A"], "S2": state["S"]}
+    message = failure(PHMLinear(4, 4, 2, kron_weights=True, **f64), state, strict=False)
+    assert "PHMLinear: kron_res adds a second sum" in message
+
+
+def test_kron_weights_need_their_parameter():
+    state = randomized(WeightedLinear(2, 4, 4)).state_dict()
+    assert "unexpected names: kron_weights" in failure(PHMLinear(4, 4, 2, **f64), state)
+
+
+def test_optimized_model_is_refused():
+    ours = optimize_for_inference(nn.Sequential(PHMLinear(8, 8, 4, **f64)).eval(), verbose=False)
+    state = randomized(nn.Sequential(Linear(4, 8, 8))).state_dict()
+    assert "0: a layer of optimize_for_inference takes no A" in failure(ours, state)
+
+
+def test_projections_of_their_own_are_refused():
+    ours = PHMMultiheadAttention(16, 2, 4, fused_qkv=False, **f64)
+    state = randomized(Attention(4, 16, 2)).state_dict()
+    assert "make it with fused_qkv=True" in failure(ours, state, strict=False)
+
+
+def test_decoder_layer_is_refused():
+    state = randomized(EncoderLayer(4, 16, 2, 24, "post", False)).state_dict()
+    message = failure(PHTransformerDecoderLayer(16, 2, 4, 24, **f64), state, strict=False)
+    assert "published decoder layers compute what none here does" in message
+
+
+def test_fixup_is_refused():
+    state = randomized(ResNet(18, 2, (8, 16, 32, 64))).state_dict()
+    assert 'init="fixup" has no checkpoints' in failure(models.phresnet18(2, init="fixup", width=8), state)
+    layer = PHTransformerEncoderLayer(16, 2, 4, 24, norm="fixup", **f64)
+    assert 'no norm="fixup"' in failure(layer, randomized(EncoderLayer(4, 16, 2, 24, None, False)).state_dict())
+
+
+def test_shared_alpha_is_refused():
+    ours = PHTransformerEncoderLayer(16, 2, 4, 24, norm="phydi", **f64)
+    state = randomized(EncoderLayer(4, 16, 2, 24, None, True)).state_dict()
+    message = failure(ours, state, strict=False)
+    assert "PHTransformerEncoderLayer: the published layers have an alpha for each sub-layer" in message
+
+
+@pytest.mark.parametrize("name", ["ln1.weight", "ln1.bias", "ln2.weight", "ln2.bias"])
+def test_trained_normalisation_is_refused(name):
+    ours, published = language_models("None", True)
+    state = published.state_dict()
+    state[f"transformer_encoder.layers.1.{name}"][3] += 0.1
+    message = failure(ours, state, strict=False)
+    assert "encoder.layers.1: ln1 and ln2 of the checkpoint were trained" in message
+    assert "encoder.layers.0" not in message
+
+
+def test_last_normalisation_is_explained():
+    ours, published = language_models("pre", False)
+    ours.encoder.norm = nn.LayerNorm(12, **f64)
+    message = failure(ours, published.state_dict())
+    assert "missing names: transformer_encoder.norm.weight, transformer_encoder.norm.bias" in message
+    assert "set encoder.norm = None before" in message
+
+
+def test_other_positions_are_refused():
+    ours, published = language_models("post", False)
+    state = published.state_dict()
+    name = "positional_encoding.pos_embedding"
+    for positions in (state[name] + 0.1, state[name][..., :-1], torch.zeros(()), None):
+        message = failure(ours, {**state, name: positions}, strict=False)
+        assert f"{name} are not the sinusoids of d_model=12, which PHTransformerLM adds" in message
+    del state[name]
+    assert load_reference_state_dict(ours, state) == ([], [])
+
+
+@pytest.mark.parametrize(("init", "rezero"), [("standard", True), ("phydi", False)])
+def test_alphas_must_match(init, rezero):
+    state = randomized(ResNet(18, 2, (8, 16, 32, 64), rezero)).state_dict()
+    message = failure(models.phresnet18(2, init=init, width=8, **f64), state)
+    assert ("unexpected" if rezero else "missing") + " names: layer1.0.res_weight" in message
