@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import DTYPES, dtype_id, normal
+from op_cases import dense_weight
 from sklearn.datasets import load_digits
 from torch import nn
 
@@ -32,14 +33,8 @@ def linear(inputs: int, outputs: int, seed: int = 0, dtype: torch.dtype = torch.
 
 
 def kron_sum(A: torch.Tensor, F: torch.Tensor) -> torch.Tensor:
-    """By definition, for each position of a kernel."""
-    positions = F.flatten(3) if F.dim() > 3 else F.unsqueeze(3)
-    by_position = [
-        sum(np.kron(a, f) for a, f in zip(A.double().numpy(), positions[..., j].double().numpy(), strict=True))
-        for j in range(positions.shape[3])
-    ]
-    H = torch.from_numpy(np.stack(by_position, -1))
-    return H.reshape(*H.shape[:2], *F.shape[3:])
+    """In float64, whatever the layer's dtype."""
+    return dense_weight(A.double(), F.double())
 
 
 def with_weight(layer: nn.Module, weight: torch.Tensor) -> nn.Module:

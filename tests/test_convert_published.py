@@ -9,6 +9,8 @@ from functools import partial
 
 import pytest
 import torch
+from helpers import normal
+from op_cases import dense_weight
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -32,16 +34,6 @@ CONVOLVE = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
 OURS = {1: PHConv1d, 2: PHConv2d, 3: PHConv3d}
 
 
-def kronecker(A: Tensor, F: Tensor) -> Tensor:
-    """sum_i A_i (x) F_i, at each kernel position on its own."""
-    positions = F.flatten(3) if F.dim() > 3 else F.unsqueeze(-1)
-    H = torch.stack(
-        [sum(torch.kron(a, f) for a, f in zip(A, positions[..., t], strict=True)) for t in range(positions.shape[-1])],
-        dim=-1,
-    )
-    return H.unflatten(-1, F.shape[3:]) if F.dim() > 3 else H.squeeze(-1)
-
-
 class Hypercomplex(nn.Module):
     """A, a stack of weights and a bias, under the published names."""
 
@@ -53,7 +45,7 @@ class Hypercomplex(nn.Module):
         self.register_parameter("bias", None if features is None else nn.Parameter(torch.empty(features)))
 
     def weight(self):
-        return kronecker(*(getattr(self, name) for name in self.names))
+        return dense_weight(*(getattr(self, name) for name in self.names))
 
 
 class Linear(Hypercomplex):
@@ -70,7 +62,7 @@ class WeightedLinear(Linear):
         self.kron_weights = nn.Parameter(torch.empty(n))
 
     def forward(self, x):
-        H = kronecker(self.kron_weights.view(-1, 1, 1) * self.A, self.S)
+        H = dense_weight(self.kron_weights.view(-1, 1, 1) * self.A, self.S)
         return functional.linear(x, H, self.bias)
 
 
@@ -165,7 +157,7 @@ class Attention(nn.Module):
 
     def forward(self, x, mask):
         L, N, d = x.shape
-        projected = functional.linear(x, kronecker(self.A, self.S), self.in_proj_bias)
+        projected = functional.linear(x, dense_weight(self.A, self.S), self.in_proj_bias)
         q, k, v = (t.reshape(L, N * self.heads, -1).transpose(0, 1) for t in projected.chunk(3, -1))
         weights = torch.softmax(q @ k.transpose(1, 2) / math.sqrt(d // self.heads) + mask, -1)
         return self.out_proj((weights @ v).transpose(0, 1).reshape(L, N, d))
@@ -241,10 +233,6 @@ def randomized(module: nn.Module) -> nn.Module:
     return module
 
 
-def normal(*shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(1), **f64)
-
-
 def assert_equal_outputs(ours: nn.Module, published: nn.Module, x: Tensor) -> None:
     expected = published(x)
     y = ours(x)
@@ -279,13 +267,13 @@ def failure(ours: nn.Module, state: dict[str, Tensor], *, strict: bool = True) -
 def test_linear(n, names):
     published, ours = randomized(Linear(n, 12, 24, names)), PHMLinear(12, 24, n, **f64)
     load_all(ours, published)
-    assert_equal_outputs(ours, published, normal(5, 12))
+    assert_equal_outputs(ours, published, normal((5, 12), 1))
 
 
 def test_weighted_linear():
     published, ours = randomized(WeightedLinear(4, 12, 24)), PHMLinear(12, 24, 4, kron_weights=True, **f64)
     load_all(ours, published)
-    assert_equal_outputs(ours, published, normal(5, 12))
+    assert_equal_outputs(ours, published, normal((5, 12), 1))
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -296,7 +284,7 @@ def test_convolution(dims, names, bias):
     published = randomized(Conv(2, 4, 6, 3, **geometry, dims=dims, names=names))
     ours = OURS[dims](4, 6, 3, 2, bias=bias, **geometry, **f64)
     load_all(ours, published)
-    assert_equal_outputs(ours, published, normal(2, 4, *(7,) * dims))
+    assert_equal_outputs(ours, published, normal((2, 4, *(7,) * dims), 1))
 
 
 def test_bias_of_a_convolution_becomes_zero():
@@ -316,7 +304,7 @@ def test_attention(algebra_rank):
     published = randomized(Attention(4, 16, 2))
     ours = PHMMultiheadAttention(16, 2, 4, algebra_rank=algebra_rank, **f64)
     load_all(ours, published)
-    x, mask = normal(5, 3, 16), torch.zeros(5, 5, **f64)
+    x, mask = normal((5, 3, 16), 1), torch.zeros(5, 5, **f64)
     torch.testing.assert_close(ours(x, x, x)[0], published(x, mask), rtol=0, atol=1e-10)
 
 
@@ -325,7 +313,7 @@ def test_encoder_layer(norm):
     published = randomized(EncoderLayer(4, 16, 2, 24, norm, False))
     ours = PHTransformerEncoderLayer(16, 2, 4, 24, 0.0, norm=norm, **f64)
     load_all(ours, published)
-    x = normal(5, 3, 16)
+    x = normal((5, 3, 16), 1)
     torch.testing.assert_close(ours(x), published(x, torch.zeros(5, 5, **f64)), rtol=0, atol=1e-10)
 
 
@@ -339,8 +327,8 @@ def test_algebra_of_terms(algebra_rank):
         }
     )
     load_all(ours, published)
-    assert_equal_outputs(ours["linear"], published["linear"], normal(3, 12))
-    assert_equal_outputs(ours["conv"], published["conv"], normal(3, 8, 5, 5))
+    assert_equal_outputs(ours["linear"], published["linear"], normal((3, 12), 1))
+    assert_equal_outputs(ours["conv"], published["conv"], normal((3, 8, 5, 5), 1))
     U, V, W = (t.norm(dim=1) for t in (ours["linear"].U, ours["linear"].V, ours["linear"].W))
     torch.testing.assert_close(U, V)
     torch.testing.assert_close(U, W)
@@ -371,7 +359,7 @@ def test_phresnet(depth, n, rezero):
     make = getattr(models, f"phresnet{depth}")
     ours = make(n, init="phydi" if rezero else "standard", width=8, **f64)
     load_all(ours, published)
-    x = normal(2, 3, 32, 32)
+    x = normal((2, 3, 32, 32), 1)
     assert_equal_outputs(ours.eval(), published.eval(), x)
     assert_equal_outputs(ours.train(), published.train(), x)
     torch.testing.assert_close(ours.stem.bn1.running_var, published.bn1.running_var, rtol=1e-10, atol=0)
@@ -382,7 +370,7 @@ def test_phresnet_of_terms():
     published = randomized(ResNet(18, 4, (8, 16, 32, 64), True))
     ours = models.phresnet18(4, init="phydi", width=8, algebra_rank="generic", **f64)
     load_all(ours, published)
-    assert_equal_outputs(ours.eval(), published.eval(), normal(2, 3, 32, 32))
+    assert_equal_outputs(ours.eval(), published.eval(), normal((2, 3, 32, 32), 1))
 
 
 # Of the networks with 18, 50 and 152 layers, by n, with one alpha a block.
@@ -491,7 +479,7 @@ def wrappers():
 def test_layers_in_a_model_of_the_users_own():
     ours, published = wrappers()
     load_all(ours, published)
-    assert_equal_outputs(ours.eval(), published.eval(), normal(2, 4, 6, 6))
+    assert_equal_outputs(ours.eval(), published.eval(), normal((2, 4, 6, 6), 1))
 
 
 def test_models_within_a_model():
@@ -506,13 +494,13 @@ def test_checkpoint_of_the_sound_event_detection():
     state = {f"module.{name}": value for name, value in published.state_dict().items()}
     result = load_reference_state_dict(ours, {"model_state_dict": state, "optimizer_state_dict": {}, "state": {}})
     assert result == ([], [])
-    assert_equal_outputs(ours.eval(), published.eval(), normal(2, 4, 6, 6))
+    assert_equal_outputs(ours.eval(), published.eval(), normal((2, 4, 6, 6), 1))
 
 
 def test_prefix_of_the_module_itself_stays():
     ours, published = PHMLinear(4, 4, 2, **f64), randomized(Linear(2, 4, 4))
     load_all(nn.ModuleDict({"module": ours}), nn.ModuleDict({"module": published}))
-    assert_equal_outputs(ours, published, normal(2, 4))
+    assert_equal_outputs(ours, published, normal((2, 4), 1))
 
 
 # Names and shapes that do not fit

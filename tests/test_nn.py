@@ -9,6 +9,7 @@ import pickle
 
 import pytest
 import torch
+from op_cases import dense_weight
 from torch import nn
 
 from phydi_kernels import algebra
@@ -44,13 +45,10 @@ def algebra_of(layer: nn.Module) -> torch.Tensor:
 
 
 def kronecker_sum(layer: nn.Module) -> torch.Tensor:
-    """sum_i w_i kron(A_i, F_i) at each kernel position, by torch.kron."""
+    """sum_i w_i kron(A_i, F_i) at each kernel position."""
     A = algebra_of(layer)
     w = torch.ones(layer.n, dtype=A.dtype) if layer.kron_weights is None else layer.kron_weights
-    n, p, q, *kernel = layer.F.shape
-    F = layer.F.reshape(n, p, q, -1)
-    positions = [sum(w[i] * torch.kron(A[i], F[i, :, :, t]) for i in range(n)) for t in range(F.shape[-1])]
-    return torch.stack(positions, -1).reshape(n * p, n * q, *kernel)
+    return dense_weight(w[:, None, None] * A, layer.F)
 
 
 def randomize(module: nn.Module, seed: int = 0) -> None:

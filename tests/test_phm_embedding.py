@@ -10,6 +10,7 @@ import pytest
 import torch
 from dense_twins import TOLERANCE, Record, randomize
 from helpers import normal
+from op_cases import dense_weight
 from torch import nn
 
 from phydi_kernels import algebra, functional
@@ -34,11 +35,6 @@ def parameters(n, P, Q, p, q, dtype=torch.float64) -> tuple[torch.Tensor, torch.
     return normal((n, P, Q), 0).to(dtype).requires_grad_(), normal((n, p, q), 1).to(dtype).requires_grad_()
 
 
-def table_of(A: torch.Tensor, F: torch.Tensor) -> torch.Tensor:
-    """(P*p, Q*q) by torch.kron."""
-    return sum(torch.kron(a, f) for a, f in zip(A, F, strict=True))
-
-
 def draw_indices(rows: int, *shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
     return torch.randint(0, rows, shape, generator=torch.Generator().manual_seed(2), dtype=dtype)
 
@@ -58,7 +54,7 @@ def test_rows_of_the_table(n, P, Q, p, q, index_dtype, shape):
     A, F = parameters(n, P, Q, p, q)
     index = draw_indices(P * p, *shape, dtype=index_dtype)
     y = functional.phm_embedding(index, A, F)
-    expected = nn.functional.embedding(index.long(), table_of(A, F))
+    expected = nn.functional.embedding(index.long(), dense_weight(A, F))
     assert y.shape == (*shape, Q * q)
     torch.testing.assert_close(y, expected, **TOLERANCE)
     weights = normal(y.shape, 3)
@@ -71,9 +67,9 @@ def test_rows_of_the_table(n, P, Q, p, q, index_dtype, shape):
 def test_every_row_of_the_table(n, P, Q, p, q):
     A, F = parameters(n, P, Q, p, q)
     index = torch.arange(P * p)
-    torch.testing.assert_close(functional.phm_embedding(index, A, F), table_of(A, F), **TOLERANCE)
+    torch.testing.assert_close(functional.phm_embedding(index, A, F), dense_weight(A, F), **TOLERANCE)
     strided = torch.stack([index, index.flip(0)], -1)[:, 1]
-    torch.testing.assert_close(functional.phm_embedding(strided, A, F), table_of(A, F).flip(0), **TOLERANCE)
+    torch.testing.assert_close(functional.phm_embedding(strided, A, F), dense_weight(A, F).flip(0), **TOLERANCE)
 
 
 @pytest.mark.parametrize("padding_idx", [None, 4, -1])
@@ -95,7 +91,7 @@ def test_padding_is_zero_and_has_no_gradient(padding_idx, row):
     index = torch.tensor([[row, 3], [row, row]])
     y = functional.phm_embedding(index, A, F, padding_idx=padding_idx)
     assert not y[0, 0].any() and not y[1].any()
-    torch.testing.assert_close(y[0, 1], table_of(A, F)[3], **TOLERANCE)
+    torch.testing.assert_close(y[0, 1], dense_weight(A, F)[3], **TOLERANCE)
     grads = torch.autograd.grad(y.sum(), (A, F))
     alone = torch.autograd.grad(functional.phm_embedding(index[0, 1], A, F).sum(), (A, F))
     for actual, expected in zip(grads, alone, strict=True):
@@ -108,7 +104,7 @@ def test_layer(options, padding_idx, device):
     layer = PHMEmbedding(12, 8, 4, padding_idx, **options, dtype=torch.float64)
     randomize(layer)
     assert layer.padding_idx == {None: None, 2: 2, -3: 9}[padding_idx]
-    table = table_of(layer.structure(), layer.F)
+    table = dense_weight(layer.structure(), layer.F)
     rows = [row for row in range(12) if row != layer.padding_idx]
     torch.testing.assert_close(layer.dense_weight()[rows], table[rows], **TOLERANCE)
     assert padding_idx is None or not layer.dense_weight()[padding_idx].any()

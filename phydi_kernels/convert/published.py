@@ -15,7 +15,7 @@ from torch.nn import Module
 from .._check import check_flag
 from ..algebra import DecompositionError
 from ..models.phresnet import PHResNet, ResidualBlock
-from ..models.phtransformer_lm import PHTransformerLM, _sinusoidal_positions
+from ..models.phtransformer_lm import PHTransformerLM, sinusoidal_positions
 from ..nn import (
     PHConv1d,
     PHConv2d,
@@ -26,7 +26,7 @@ from ..nn import (
 )
 from ..nn._base import HypercomplexLayer
 from ..nn._fixup import Shift
-from ..nn._init import _balanced_terms
+from ..nn._init import balanced_terms
 from ..nn.factored import FactoredLayer
 
 if TYPE_CHECKING:
@@ -216,7 +216,7 @@ def _entry(key: str, value: Any, places: Mapping[str, _Place]) -> _Entry:
 
 
 def _factor(index: int, R: int, A: Tensor) -> Tensor:
-    return _balanced_terms(tuple(A.detach().cpu().double().flatten().tolist()), len(A), R)[index]
+    return balanced_terms(A, R)[index]
 
 
 def _scaled(scale: float, F: Tensor) -> Tensor:
@@ -282,7 +282,7 @@ def _sinusoidal(positions: Any, d: int) -> bool:
     if not isinstance(positions, Tensor) or positions.shape[-1:] != (d,):
         return False
     rows = positions.detach().flatten(0, -2).float()
-    return torch.allclose(rows, _sinusoidal_positions(len(rows), d, rows.dtype, rows.device), 0, _POSITIONS_TOLERANCE)
+    return torch.allclose(rows, sinusoidal_positions(len(rows), d, rows.dtype, rows.device), 0, _POSITIONS_TOLERANCE)
 
 
 def _misfits(key: str, entry: _Entry, name: str, value: Any) -> Iterator[str]:

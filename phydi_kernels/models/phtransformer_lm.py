@@ -82,11 +82,11 @@ class PHTransformerLM(Module):
         if tokens.dim() != 2:
             raise ValueError(f"tokens has shape {tuple(tokens.shape)}; it must be (batch, length)")
         x = self.embedding(tokens) * math.sqrt(self.d_model)
-        x = x + _sinusoidal_positions(tokens.shape[1], self.d_model, x.dtype, x.device)
+        x = x + sinusoidal_positions(tokens.shape[1], self.d_model, x.dtype, x.device)
         return self.generator(self.encoder(self.dropout(x), is_causal=True))
 
 
-def _sinusoidal_positions(length: int, d: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def sinusoidal_positions(length: int, d: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """``(length, d)``: sin(t w) and cos(t w) by turns for position t, w = 10000^(-2j/d) for their j-th pair."""
     options: dict[str, Any] = {"dtype": torch.promote_types(dtype, torch.float32), "device": device}
     frequencies = torch.exp(torch.arange(0, d, 2, **options) * (-math.log(10000.0) / d))

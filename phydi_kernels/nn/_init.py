@@ -115,13 +115,13 @@ def initialize(
 
 def _initialize_factors(factors: Sequence[Tensor], variance: float, init: str | Tensor) -> None:
     """Fills U, V and W, with the given variance of A unless it is given."""
-    R, n = factors[0].shape
+    R = len(factors[0])
     std = (variance / R) ** (1 / 6)
     if not isinstance(init, Tensor):
         for t in factors:
             t.normal_(std=std)
         return
-    terms = _balanced_terms(tuple(init.double().flatten().tolist()), n, R)
+    terms = balanced_terms(init, R)
     for t, values in zip(factors, terms, strict=True):
         t.copy_(values)
     spare = (terms[0] == 0).all(1).nonzero().flatten().tolist()
@@ -130,9 +130,14 @@ def _initialize_factors(factors: Sequence[Tensor], variance: float, init: str | 
             t[r].normal_(std=std)
 
 
+def balanced_terms(A: Tensor, R: int) -> tuple[Tensor, ...]:
+    """U, V and W of A, in float64 on the CPU, with |U[r]| = |V[r]| = |W[r]|."""
+    return _balanced_terms(tuple(A.detach().cpu().double().flatten().tolist()), len(A), R)
+
+
+# The layers of a model often share their algebra.
 @functools.lru_cache(maxsize=16)
 def _balanced_terms(entries: tuple[float, ...], n: int, R: int) -> tuple[Tensor, ...]:
-    """U, V and W, on the CPU, with |U[r]| = |V[r]| = |W[r]|. Kept: the layers of a model often share their algebra."""
     with torch.device("cpu"):
         found = decompose(torch.tensor(entries, dtype=torch.float64).view(n, n, n), R)
     factors = (found.U, found.V, found.W)
