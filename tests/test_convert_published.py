@@ -554,6 +554,8 @@ def test_entry_that_is_no_tensor():
     [
         ((3, {}), "module must be a torch.nn.Module, not int"),
         ((nn.Identity(), [1]), "state_dict must be a mapping from names to tensors, not list"),
+        ((nn.Identity(), {0: torch.ones(1)}), "state_dict has an entry 0; its names must be str, not int"),
+        ((nn.Identity(), {"model_state_dict": {0: {}}}), "state_dict has an entry 0; its names must be str, not int"),
     ],
 )
 def test_wrong_types(arguments, message):

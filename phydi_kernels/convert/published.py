@@ -114,7 +114,7 @@ def load_reference_state_dict(
         A named tuple of ``missing_keys`` and ``unexpected_keys``, both lists of published names.
 
     Raises:
-        TypeError: ``module`` is not a Module, ``state_dict`` not a mapping, or ``strict`` not a bool.
+        TypeError: ``module`` is not a Module, ``state_dict`` not a mapping from names, or ``strict`` not a bool.
         RuntimeError: with all that does not fit, and nothing is loaded: names, if ``strict``, and in any case shapes,
             what is not loaded, and an A without an algorithm of the layer's rank.
     """
@@ -171,6 +171,9 @@ def _unwrapped(state_dict: Mapping[str, Any], own: Collection[str]) -> Mapping[s
     """The entries themselves, under the names that they have without torch.nn.DataParallel."""
     inner = state_dict.get("model_state_dict")
     given = inner if isinstance(inner, Mapping) else state_dict
+    for name in given:
+        if not isinstance(name, str):
+            raise TypeError(f"state_dict has an entry {name!r}; its names must be str, not {type(name).__name__}")
     if any(name.startswith("module.") for name in own) or not all(name.startswith("module.") for name in given):
         return given
     return {name.removeprefix("module."): value for name, value in given.items()}
