@@ -79,8 +79,10 @@ def test_layer_times_and_ratios(finished):
     assert [row["batch"] for row in rows] == [1, 64, 2048]
     for row in rows:
         times = row["median_seconds"]
-        assert row["ours_over_linear"] == pytest.approx(times["ours"] / times["linear"])
-        assert row["dense_h_over_linear"] == pytest.approx(times["dense_h"] / times["linear"])
+        assert list(row["over_linear"]) == ["ours", "inference", "dense_h"]
+        for name, ratio in row["over_linear"].items():
+            assert ratio == pytest.approx(times[name] / times["linear"])
+        assert row["rank"] == 7
         assert max(row["max_relative_error"].values()) < 1e-4
 
 
@@ -126,7 +128,9 @@ def test_tables_show_the_figures_of_the_json(finished):
         row = next(line for line in printed.splitlines() if f"{run['parameters']:,}" in line)
         assert report.format_m1(run["m1_epochs"]) in row and f"{run['final_test_accuracy']:.1%}" in row
     for row in results["layer_times"]:
-        assert f"{row['ours_over_linear']:.2f}" in printed and f"{row['dense_h_over_linear']:.2f}" in printed
+        assert "  ".join(["for inference, R = 7", "H built at every call"]) in printed
+        shown = next(line for line in printed.splitlines() if line.split()[:1] == [str(row["batch"])])
+        assert shown.split()[3:] == [f"{ratio:.2f}" for ratio in row["over_linear"].values()]
     assert "convergence.png" in printed and "discriminant.png" in printed and "demo.json" in printed
 
 

@@ -1,4 +1,4 @@
-"""Times of one layer: ours, nn.Linear of the same shape, and the published way that builds H at every call."""
+"""Times of one layer: ours, trained and for inference, nn.Linear, and the published one that builds H at every call."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..inference import optimize_for_inference
 from ..nn import PHMLinear
 
 FEATURES = 1024
@@ -49,8 +50,8 @@ class DenseH(nn.Module):
 def time_layers(seconds_per_shape: float = SECONDS_PER_SHAPE) -> list[dict[str, Any]]:
     """Median forward times in float32 on the current number of threads, one row a batch size.
 
-    The three layers hold the same function and take turns in one loop, so that a slow moment of the machine meets
-    all of them. Each is compared with float64 before it is timed. Caches are warm: an untimed call of the same layer
+    The layers hold the same function and take turns in one loop, so that a slow moment of the machine meets all of
+    them. Each is compared with float64 before it is timed. Caches are warm: an untimed call of the same layer
     comes before each timed one, or the first layer after dense H would pay for the caches that H emptied.
 
     Raises:
@@ -61,8 +62,11 @@ def time_layers(seconds_per_shape: float = SECONDS_PER_SHAPE) -> list[dict[str, 
     dense = nn.Linear(FEATURES, FEATURES)
     with torch.no_grad():
         dense.load_state_dict({"weight": ours.dense_weight(), "bias": ours.state_dict()["bias"]})
-        layers = {"ours": ours, "linear": dense, "dense_h": DenseH(ours)}
-        return [_row(layers, batch, seconds_per_shape) for batch in BATCHES]
+    inference = optimize_for_inference(ours.eval(), progress=False, verbose=False)
+    layers = {"linear": dense, "ours": ours, "inference": inference, "dense_h": DenseH(ours)}
+    with torch.no_grad():
+        rows = [_row(layers, batch, seconds_per_shape) for batch in BATCHES]
+    return [row | {"rank": inference.rank} for row in rows]
 
 
 def _row(layers: dict[str, nn.Module], batch: int, seconds: float) -> dict[str, Any]:
@@ -83,8 +87,7 @@ def _row(layers: dict[str, nn.Module], batch: int, seconds: float) -> dict[str, 
     median = {name: statistics.median(t) for name, t in times.items()}
     row["rounds"] = rounds
     row["median_seconds"] = median
-    row["ours_over_linear"] = median["ours"] / median["linear"]
-    row["dense_h_over_linear"] = median["dense_h"] / median["linear"]
+    row["over_linear"] = {name: seconds / median["linear"] for name, seconds in median.items() if name != "linear"}
     return row
 
 
