@@ -3,10 +3,10 @@
 Dtypes: all tensors of a call share one of float32, float64, bfloat16, float16; the result has the same. The 16-bit
 types are added and multiplied in float32. float16 is rounded once, at the end, on a CPU. In bfloat16, where the
 processor multiplies it, and in both 16-bit types on CUDA, the factors of convolutions and of all but some small linear
-calls are rounded first, as those of a dense layer are: entries of H, or of the mixed input sum_l A[i,k,l] x_l, or of
-both factors of the R products of a factored layer. docs/gpu.md says what CUDA rounds besides. Under ``torch.autocast``
-the arguments are cast to its dtype as for ``torch.nn.functional.linear``, but for U, V and W. Nothing else is cast, and
-nothing is moved between devices.
+calls are rounded first, as those of a dense layer are: entries of H, or of the mixed input sum_l A[i,k,l] x_l (and of
+F_i^T g_k of the output's gradient g, in the gradient of A), or of both factors of the R products of a factored layer.
+docs/gpu.md says what CUDA rounds besides. Under ``torch.autocast`` the arguments are cast to its dtype as for
+``torch.nn.functional.linear``, but for U, V and W. Nothing else is cast, and nothing is moved between devices.
 """
 
 from __future__ import annotations

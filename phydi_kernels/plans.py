@@ -3,7 +3,8 @@
 With x seen as Q blocks of q features and y as P blocks of p features, y_k = sum_{i,l} A[i,k,l] F_i x_l:
 
 * stream: mix the few input rows (sum_l A[i,k,l] x_l), then read F once, straight from the parameter.
-* mix: the same products in cache blocks, F packed once; output block k is an extra batch row.
+* mix: the same products in cache blocks, F packed once; output block k is an extra batch row. The weights' gradients
+  follow from the mixed rows and from F_i^T g_k of the output's gradient g, n*P blocks of products in place of P*Q.
 * panel: form a cache-sized panel of H while packing, multiply, drop it.
 * rank: with A[i,k,l] = sum_r U[r,i] V[r,k] W[r,l] known, R products of blocks in place of P*Q,
   y_k = sum_r V[r,k] (sum_i U[r,i] F_i)(sum_l W[r,l] x_l).
@@ -181,6 +182,9 @@ _NEARLY_FAR_BYTES = 6 << 20
 _STREAM_VECTORS = 4
 # Stream keeps its mixed rows in L2; their number is not bounded otherwise.
 _STREAM_ENTRIES = 1 << 18
+# The weights' gradients by mix, beside their products and in these: an entry of the rows written and read, the calls.
+_MIXED_ENTRY = 50.0
+_MIXED_CALLS = 7.5e6
 # Convolutions: torch's own rate, an entry of H formed and reordered, an entry of the mixed input written and read.
 _CONV_PRODUCT = 0.0083
 _CONV_FORM = 1.0
@@ -277,19 +281,36 @@ def phm_linear(
     return min(cost, key=cost.__getitem__)
 
 
+def mixes_input(P: int, Q: int, p: int, q: int) -> bool:
+    """Whether weight gradients by MIX mix x and multiply the output's gradient by F, or the other way round."""
+    return P * q * (Q + p) <= Q * p * (P + q)
+
+
+def _weight_grad_panel_cost(rows: int, n: int, P: int, Q: int, p: int, q: int, rates: _Rates) -> float:
+    entries = P * p * Q * _padded(q, rates.lanes)
+    cost = entries * (rates.split + n * rates.split_term + rows * rates.product)
+    return cost + rows * (P * p + Q * q) * rates.turn_row
+
+
 def _weight_grad_costs(rows: int, n: int, P: int, Q: int, p: int, q: int, isa: str) -> dict[Plan, float]:
     rates = _RATES[isa]
     wide_q = _padded(q, rates.lanes)
-    cost = {Plan.PANEL: P * p * Q * wide_q * (rates.split + n * rates.split_term + rows * rates.product)}
-    cost[Plan.PANEL] += rows * (P * p + Q * q) * rates.turn_row
+    cost = {Plan.PANEL: _weight_grad_panel_cost(rows, n, P, Q, p, q, rates)}
     if rows * P * (2 * q + p) <= _STREAM_ENTRIES:
         cost[Plan.STREAM] = rows * P * n * wide_q * (p * rates.stream_update + Q * rates.stream_algebra)
+    if not mixes_input(P, Q, p, q):
+        P, Q, p, q = Q, P, q, p
+    mixed = rows * P
+    cost[Plan.MIX] = mixed * n * Q * (_padded(q, rates.lanes) * rates.mix + q * rates.product)
+    cost[Plan.MIX] += _weight_grad_panel_cost(mixed, n, 1, n, p, q, rates)
+    cost[Plan.MIX] += min(_linear_costs(mixed, n, n, 1, q, p, False, False, isa).values())
+    cost[Plan.MIX] += (mixed * (n * (q + Q) + p) * _MIXED_ENTRY + _MIXED_CALLS) * rates.product
     return cost
 
 
 @lru_cache(maxsize=4096)
 def phm_linear_weight_grad(rows: int, n: int, P: int, Q: int, p: int, q: int, isa: str = BEST_ISA) -> Plan:
-    """STREAM (F read and dF written once, term by term) or PANEL (dL/dH in cache-sized panels)."""
+    """STREAM (F read and dF written once, term by term), MIX (mixed rows) or PANEL (dL/dH in cache-sized panels)."""
     cost = _weight_grad_costs(rows, n, P, Q, p, q, isa)
     return min(cost, key=cost.__getitem__)
 
@@ -375,9 +396,9 @@ def _linear_factored_grad_costs(
 def phm_linear_factored_grad(
     rows: int, n: int, P: int, Q: int, p: int, q: int, R: int, bfloat16: bool = False, isa: str = BEST_ISA
 ) -> Plan:
-    """RANK for all gradients, or STREAM or PANEL for those of the weights, and the input's by a plan of its own.
+    """RANK for all gradients, or a plan for those of the weights, and the input's by one of its own.
 
-    By STREAM and PANEL dU, dV and dW follow from the gradient of A = sum_r U_r (x) V_r (x) W_r.
+    Without RANK dU, dV and dW follow from the gradient of A = sum_r U_r (x) V_r (x) W_r.
     """
     cost = _linear_factored_grad_costs(rows, n, P, Q, p, q, R, bfloat16, isa)
     return min(cost, key=cost.__getitem__)

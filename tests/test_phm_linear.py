@@ -106,7 +106,7 @@ class TestPlans:
 
 
 @pytest.mark.usefixtures("library")
-@pytest.mark.parametrize("plan", (Plan.STREAM, Plan.PANEL), ids=lambda plan: plan.name)
+@pytest.mark.parametrize("plan", (Plan.STREAM, Plan.MIX, Plan.PANEL), ids=lambda plan: plan.name)
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 @pytest.mark.parametrize("problem", LINEAR_PROBLEMS, ids=str)
 class TestWeightGradPlans:

@@ -16,7 +16,7 @@ SIZES = tuple(itertools.product((0, 1, 8, 64, 2048), (1, 2, 4, 8), (1, 3, 33, 25
 def test_every_size_has_a_plan(rows, n, p):
     for contiguous in (False, True):
         assert plans.phm_linear(rows, n, n, n, p, p, contiguous) in LINEAR_PLANS
-    assert plans.phm_linear_weight_grad(rows, n, n, n, p, p) in (Plan.STREAM, Plan.PANEL)
+    assert plans.phm_linear_weight_grad(rows, n, n, n, p, p) in (Plan.STREAM, Plan.MIX, Plan.PANEL)
     assert plans.phc_conv(rows, rows, n, n, n, p, p, 9) in (Plan.MIX, Plan.PANEL)
 
 
@@ -31,6 +31,21 @@ def test_large_batches_form_panels(features):
     """n multiplications to form an entry of H vanish beside thousands of rows; mixing costs n products a row more."""
     assert plans.phm_linear(8192, 4, 4, 4, features // 4, features // 4, False) is Plan.PANEL
     assert plans.phm_linear_weight_grad(8192, 4, 4, 4, features // 4, features // 4) is Plan.PANEL
+
+
+@pytest.mark.parametrize("isa", ("avx2", "avx512_bf16"))
+@pytest.mark.parametrize("sizes", ((8, 8, 512, 512), (64, 64, 64, 64), (48, 64, 16, 172), (64, 48, 172, 16)), ids=str)
+def test_one_term_of_many_blocks_is_mixed(sizes, isa):
+    """A Kronecker product, as of LoKr: by mixing it takes 1/P or 1/Q of the dense layer's multiplications."""
+    assert plans.phm_linear(1024, 1, *sizes, True, isa=isa) is Plan.MIX
+    assert plans.phm_linear_weight_grad(1024, 1, *sizes, isa) is Plan.MIX
+
+
+@pytest.mark.parametrize("sizes", ((8, 8, 512, 512), (64, 48, 172, 16), (3, 40, 2, 9), (40, 3, 9, 2)))
+def test_weight_gradients_by_mixing_cost_the_same_transposed(sizes):
+    P, Q, p, q = sizes
+    cost = plans._weight_grad_costs(64, 1, P, Q, p, q, plans.BEST_ISA)[Plan.MIX]
+    assert plans._weight_grad_costs(64, 1, Q, P, q, p, plans.BEST_ISA)[Plan.MIX] == cost
 
 
 @pytest.mark.parametrize("features", (512, 1024, 4096))

@@ -13,8 +13,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .. import plans
 from ..plans import Plan
 from ..reference import compute_dtype, split_structure_grad, structure
+
+# One core's share of an L3 cache.
+_BLOCK_BYTES = 8 << 20
 
 LIBRARY = Path(__file__).resolve().parent.parent / "lib" / "libphydi_kernels.so"
 
@@ -160,7 +164,33 @@ def phm_linear(
 
 
 def phm_linear_weight_grad(grad: Tensor, x: Tensor, A: Tensor, F: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
-    return _phm_linear_weight_grad(grad, x, A, F, int(plan))
+    if plan is not Plan.MIX:
+        return _phm_linear_weight_grad(grad, x, A, F, int(plan))
+    if x.dtype == torch.float16 or (x.dtype == torch.bfloat16 and "bf16" not in isa()):
+        # What the processor does not multiply is rounded once.
+        dA, dF = phm_linear_weight_grad(grad.float(), x.float(), A.float(), F.float(), plan)
+        return dA.to(A.dtype), dF.to(F.dtype)
+    if not plans.mixes_input(*A.shape[1:], *F.shape[1:]):
+        dA, dF = _mixed_weight_grad(x, grad, A.transpose(1, 2), F.transpose(1, 2))
+        return dA.transpose(1, 2).contiguous(), dF.transpose(1, 2).contiguous()
+    return _mixed_weight_grad(grad, x, A, F)
+
+
+def _mixed_weight_grad(grad: Tensor, x: Tensor, A: Tensor, F: Tensor) -> tuple[Tensor, Tensor]:
+    """dF_i = sum_k g_k^T (sum_l A[i,k,l] x_l), dA[i,k,l] = <F_i^T g_k, x_l>: n*P blocks of products in place of P*Q."""
+    n, P, Q = A.shape
+    _, p, q = F.shape
+    x, grad = x.reshape(-1, Q * q).contiguous(), grad.reshape(-1, P * p).contiguous()
+    rows, each = grad.view(len(x) * P, p), torch.eye(n, dtype=A.dtype)
+    mixed = torch.ops.phydi_cpu.mix.default(x.view(len(x), 1, Q, q), A).view(len(x) * P, n * q)
+    dF = _phm_linear_weight_grad(rows, mixed, each.view(n, 1, n), F, int(Plan.PANEL))[1]
+    of_product = plans.phm_linear(len(rows), n, n, 1, q, p, False, x.dtype == torch.bfloat16, isa())
+    products = phm_linear(rows, each.view(n, n, 1), F.transpose(1, 2), None, None, None, "none", of_product)
+    dA = A.new_zeros((P * n, Q), dtype=compute_dtype(A.dtype))
+    some = max(1, _BLOCK_BYTES // (dA.numel() * dA.element_size()))
+    for a, b in zip(products.view(len(x), P * n, q).split(some), x.view(len(x), Q, q).split(some), strict=True):
+        dA += torch.bmm(a.to(dA.dtype), b.to(dA.dtype).transpose(1, 2)).sum(0)
+    return dA.view(P, n, Q).transpose(0, 1).to(A.dtype, memory_format=torch.contiguous_format), dF
 
 
 def phm_linear_factored(
