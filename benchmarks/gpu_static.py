@@ -78,7 +78,7 @@ def linear(plan: CudaPlan, sizes: Sequence[int], rows: int, variant: str, dtype:
 
 def linear_grad(n: int, block: int, rows: int, dtype: torch.dtype) -> None:
     x, A, F = _tensor(dtype, rows, n * block), _tensor(dtype, n, n, n), _tensor(dtype, n, block, block)
-    phm_linear.phm_linear_weight_grad(torch.empty_like(x), x, A, F)
+    phm_linear.phm_linear_weight_grad(torch.empty_like(x), x, A, F, CudaPlan.PASSES)
 
 
 def _factors(n: int) -> list[Tensor]:

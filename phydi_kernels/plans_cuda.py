@@ -4,6 +4,7 @@ Plans of phm_linear, for y_k = sum_{i,l} A[i,k,l] F_i x_l:
 
 * stream: every F_i x_l of a tile in one product, summed over i and l in registers.
 * built: panels of H, multiplied by cuBLAS or cuDNN and dropped before they leave L2, where they fit in it.
+* mix: sum_l A[i,k,l] x_l and its product with F, both by cuBLAS: n products in place of Q, for n of at most Q/4.
 
 With A[i,k,l] = sum_r U[r,i] V[r,k] W[r,l] known, these for A, or y_k = sum_r V[r,k] F-hat_r x-hat_r by
 
@@ -12,8 +13,8 @@ With A[i,k,l] = sum_r U[r,i] V[r,k] W[r,l] known, these for A, or y_k = sum_r V[
 * passes: X-hat, a batched product by cuBLAS or cuDNN, and the sum over Y-hat with the epilogue.
 
 Convolutions have stream and built, or the last three; input gradients that are no convolution have mix: torch's, of
-mixed gradients. Everything else is composed of torch's operators: float64, mixed types, algebras of too many terms,
-cards older than compute capability 8.0.
+mixed gradients, for any n. Everything else is composed of torch's operators: float64, mixed types, algebras of too many
+terms, cards older than compute capability 8.0.
 """
 
 from __future__ import annotations
@@ -147,6 +148,13 @@ class _Costs:
         kernels = P + cdiv(features * K * self.size, PANEL_BYTES) + 1
         return self.library(1, rows, features, K) + moved + kernels * _GAP
 
+    def mix(self, rows: int, n: int, P: int, Q: int, p: int, q: int) -> float:
+        """Small products for each row, of which the library pads what is less than 32 by 64, and one large product."""
+        small = self.tiles(rows * cdiv(P * n, 32) * cdiv(q, 64), 32 * 64 * max(Q, 16), _SUSTAINED)
+        mixing = max(small, self.memory(rows * (Q + P * n) * q))
+        product = max(self.library(1, rows * P, p, n * q), self.memory(rows * P * (n * q + p)))
+        return mixing + product + self.memory(2 * rows * P * p) + 3 * _GAP
+
     def reaches(self, kernel: str, terms: int) -> float:
         of_card = _OF_PRODUCTS[kernel]
         return of_card.get(architecture(self.capability), of_card[80])[0 if terms <= 2 else 1 if terms <= 4 else 2]
@@ -183,6 +191,11 @@ def _supported(dtype: torch.dtype | None, capability: int, sizes: Sequence[int])
     return dtype in DTYPES and architecture(capability) > 0 and min(sizes) > 0 and max(sizes) <= MAX_BLOCKS
 
 
+def _few(n: int, blocks: int) -> bool:
+    """Whether n terms are so few that mixing as many blocks saves most of the products."""
+    return 4 * n <= blocks
+
+
 def _best(cost: dict[CudaPlan, float]) -> CudaPlan:
     return min(cost, key=cost.__getitem__, default=CudaPlan.COMPOSED)
 
@@ -200,9 +213,21 @@ def phm_linear(
     capability: int,
 ) -> CudaPlan:
     """The plan of one phm_linear call: ``rows`` input rows, A (n, P, Q), F (n, p, q), of these types."""
-    if not _supported(dtype, capability, (n, P, Q)) or not p * q:
+    # torch's own products: of the numbers of blocks only n is bounded.
+    mixes = _few(n, Q) and P * p * q > 0
+    if not _supported(dtype, capability, (n,) if mixes else (n, P, Q)) or not p * q:
         return CudaPlan.COMPOSED
-    return _best(_linear_costs(_Costs(dtype, tf32, capability), rows, n, P, Q, p, q))
+    costs, sizes = _Costs(dtype, tf32, capability), (rows, n, P, Q, p, q)
+    result = _linear_costs(costs, *sizes) if max(P, Q) <= MAX_BLOCKS else {}
+    return _best(result | {CudaPlan.MIX: costs.mix(*sizes)} if mixes else result)
+
+
+@lru_cache(maxsize=4096)
+def phm_linear_weight_grad(n: int, P: int, Q: int, size: int, dtype: torch.dtype | None, capability: int) -> CudaPlan:
+    """MIX: of mixed rows, and of the output's gradient times F; or as weight_grad."""
+    if size and _few(n, min(P, Q)) and _supported(dtype, capability, (n,)):
+        return CudaPlan.MIX
+    return weight_grad(n, P, Q, size, dtype, capability)
 
 
 @lru_cache(maxsize=4096)

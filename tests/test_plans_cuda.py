@@ -28,6 +28,7 @@ BLOCKS = {"n": 4, "P": 4, "Q": 4}
 CALLS = {
     plans_cuda.phm_linear: ({**BLOCKS, **SUPPORTED, "rows": 64, "p": 32, "q": 32, "tf32": False}, 32),
     plans_cuda.weight_grad: ({**BLOCKS, **SUPPORTED, "size": 4096}, 32),
+    plans_cuda.phm_linear_weight_grad: ({**BLOCKS, **SUPPORTED, "size": 4096}, 32),
     plans_cuda.phm_linear_factored: (
         {**BLOCKS, **SUPPORTED, "rows": 64, "p": 32, "q": 32, "R": 7, "combines": True, "tf32": False},
         32,
@@ -110,7 +111,10 @@ def test_number_of_blocks_and_empty_features(call):
     blocks = [name for name in ("n", "P", "Q", "R") if name in arguments]
     for name in blocks:
         assert function(**{**arguments, name: most}) is not CudaPlan.COMPOSED, name
-        assert function(**{**arguments, name: most + 1}) is CudaPlan.COMPOSED, name
+        # Products of torch's own mix any number of blocks.
+        mixes = function is plans_cuda.phm_linear and name == "Q"
+        expected = CudaPlan.MIX if mixes else CudaPlan.COMPOSED
+        assert function(**{**arguments, name: most + 1}) is expected, name
     empty = [name for name in ("p", "q", "size") if name in arguments]
     for name in blocks + empty:
         assert function(**{**arguments, name: 0}) is CudaPlan.COMPOSED, name
@@ -196,10 +200,12 @@ def test_every_linear_layer_has_a_plan_that_takes_it(rows, blocks, p, q, combine
     dtype, tf32 = of_type
     plan = plans_cuda.phm_linear(rows, n, P, Q, p, q, dtype, tf32, capability)
     supported = dtype in (torch.float32, torch.bfloat16, torch.float16) and capability >= 80
+    legal = set()
     if supported and max(n, P, Q) <= 32:
-        assert plan in (LINEAR if max(n, P, Q) <= 8 else {CudaPlan.BUILT})
-    else:
-        assert plan is CudaPlan.COMPOSED
+        legal |= LINEAR if max(n, P, Q) <= 8 else {CudaPlan.BUILT}
+    if supported and n <= 32 and 4 * n <= Q:
+        legal |= {CudaPlan.MIX}
+    assert plan in (legal or {CudaPlan.COMPOSED})
     sizes = (rows, n, P, Q, p, q, R)
     plan = plans_cuda.phm_linear_factored(*sizes, combines, dtype, tf32, capability)
     _check_factored(plan, n, P, Q, R, dtype, capability, dense=True)
@@ -207,9 +213,26 @@ def test_every_linear_layer_has_a_plan_that_takes_it(rows, blocks, p, q, combine
     assert plans_cuda.factored_grad(n, P, Q, R, size, dtype, capability) is (
         CudaPlan.PASSES if supported and max(n, P, Q, R) <= 32 else CudaPlan.COMPOSED
     )
-    assert plans_cuda.weight_grad(n, P, Q, size, dtype, capability) is (
-        CudaPlan.PASSES if supported and max(n, P, Q) <= 32 else CudaPlan.COMPOSED
-    )
+    of_weights = CudaPlan.PASSES if supported and max(n, P, Q) <= 32 else CudaPlan.COMPOSED
+    assert plans_cuda.weight_grad(n, P, Q, size, dtype, capability) is of_weights
+    mixes = supported and n <= 32 and 4 * n <= min(P, Q)
+    plan = plans_cuda.phm_linear_weight_grad(n, P, Q, size, dtype, capability)
+    assert plan is (CudaPlan.MIX if mixes else of_weights)
+
+
+@pytest.mark.parametrize("dtype, tf32", TYPES)
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_one_term_of_many_blocks_is_mixed(capability, dtype, tf32):
+    """A Kronecker product, as of LoKr: stream forms each F x_l once, but of eight blocks at most."""
+    for rows in (1, 64, 4096):
+        for P, Q, p, q in ((16, 16, 256, 256), (64, 64, 64, 64), (112, 64, 128, 64)):
+            assert plans_cuda.phm_linear(rows, 1, P, Q, p, q, dtype, tf32, capability) is CudaPlan.MIX
+        assert plans_cuda.phm_linear(rows, 1, 8, 8, 512, 512, dtype, tf32, capability) in (
+            CudaPlan.STREAM,
+            CudaPlan.MIX,
+        )
+    for P, Q in ((8, 8), (64, 64), (112, 64)):
+        assert plans_cuda.phm_linear_weight_grad(1, P, Q, 4096, dtype, capability) is CudaPlan.MIX
 
 
 @given(

@@ -76,11 +76,12 @@ def _weight_grad_cpu(grad: Tensor, x: Tensor, A: Tensor, F: Tensor) -> tuple[Ten
 
 def _weight_grad_cuda(grad: Tensor, x: Tensor, A: Tensor, F: Tensor) -> tuple[Tensor, Tensor]:
     dtype, capability = gpu.common_dtype((grad, x, F), (A,)), gpu.capability(x.device)
-    if plans_cuda.weight_grad(*A.shape, F.numel(), dtype, capability) is CudaPlan.COMPOSED:
+    plan = plans_cuda.phm_linear_weight_grad(*A.shape, F.numel(), dtype, capability)
+    if plan is CudaPlan.COMPOSED:
         return reference.phm_linear_weight_grad(grad, x, A, F)
     from ..kernels.gpu import phm_linear as driver
 
-    return driver.phm_linear_weight_grad(grad, x, A, F)
+    return driver.phm_linear_weight_grad(grad, x, A, F, plan)
 
 
 phm_linear = define(

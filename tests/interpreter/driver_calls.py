@@ -92,7 +92,7 @@ def _plans(blocks: tuple[int, int, int], kernel: tuple[int, ...] | None, factore
         of_terms += (CudaPlan.FUSED,)
     if kernel is None:
         dense = (*streamed, CudaPlan.BUILT)
-        return (*dense, *of_terms, CudaPlan.PASSES) if factored else dense
+        return (*dense, *of_terms, CudaPlan.PASSES) if factored else (*dense, CudaPlan.MIX)
     # No kernel is for three dimensions.
     implicit = len(kernel) in (1, 2)
     if factored:
@@ -140,7 +140,8 @@ def calls(
         yield Call(f"{name}_input_grad", take("grad", *factors), options, taken)
     if not no_U:
         suffix, like = ("_grad", ("x", *factors)) if factored else ("_weight_grad", tuple(factors))
-        yield Call(f"{name}{suffix}", take("grad", "x", *factors), geometry, like=like)
+        of_weights = (None,) if kernel or factored else (CudaPlan.PASSES, CudaPlan.MIX)
+        yield Call(f"{name}{suffix}", take("grad", "x", *factors), geometry, of_weights, like)
 
 
 def check_exact(problem: Problem, **given: Any) -> None:

@@ -46,6 +46,10 @@ def phm_linear(
     relu = activation == "relu"
     if plan is CudaPlan.BUILT:
         y = built(rows, A, F, bias, rest, alpha, relu)
+    elif plan is CudaPlan.MIX:
+        y = torch.mm(mix(rows, A), F.transpose(0, 1).reshape(p, -1).t()).view(len(rows), P * p)
+        if bias is not None or rest is not None or alpha is not None or relu:
+            finish(y, bias, rest, alpha, relu)
     else:
         y = stream(rows, A, F.unsqueeze(2), bias, rest, alpha, relu, rows_window(rows.stride(0)))
     return y.view(*x.shape[:-1], P * p)
@@ -87,9 +91,22 @@ def built(
         else:
             torch.mm(rows, panel.t(), out=y[:, features])
     if not plain:
-        whole = y.unsqueeze(0)
-        combine(whole, None, whole, bias, None if residual is None else residual.unsqueeze(0), alpha, relu)
+        finish(y, bias, residual, alpha, relu)
     return y
+
+
+def finish(y: Tensor, bias: Tensor | None, residual: Tensor | None, alpha: Tensor | None, relu: bool) -> None:
+    """The epilogue, in place."""
+    whole = y.unsqueeze(0)
+    combine(whole, None, whole, bias, None if residual is None else residual.unsqueeze(0), alpha, relu)
+
+
+def mix(rows: Tensor, A: Tensor) -> Tensor:
+    """sum_l A[i,k,l] x_l of rows (B, Q*q) as (B*P, n*q)."""
+    n, P, Q = A.shape
+    B, q = len(rows), rows.shape[1] // Q
+    weights = A.transpose(0, 1).reshape(P * n, Q).to(rows.dtype)
+    return torch.bmm(weights.expand(B, P * n, Q), rows.reshape(B, Q, q)).view(B * P, n * q)
 
 
 def panels_of_H(A: Tensor, F: Tensor) -> Iterator[tuple[slice, Tensor]]:
@@ -120,9 +137,19 @@ def split_panels(panels: Iterable[Tensor], A: Tensor, F: Tensor) -> tuple[Tensor
     return torch.stack(dA, 1).to(A.dtype), dF
 
 
-def phm_linear_weight_grad(grad: Tensor, x: Tensor, A: Tensor, F: Tensor) -> tuple[Tensor, Tensor]:
-    _, P, Q = A.shape
-    g, rows = blocks(as_rows(grad), P), as_rows(x)
+def phm_linear_weight_grad(grad: Tensor, x: Tensor, A: Tensor, F: Tensor, plan: CudaPlan) -> tuple[Tensor, Tensor]:
+    n, P, Q = A.shape
+    _, p, q = F.shape
+    rows = as_rows(x)
+    if plan is CudaPlan.MIX:
+        # dF_i = sum_k g_k^T (sum_l A[i,k,l] x_l), dA[i,k,l] = <F_i^T g_k, x_l>.
+        g = grad.reshape(len(rows) * P, p)
+        dF = product(g.t(), mix(rows, A)).view(p, n, q).transpose(0, 1)
+        products = torch.mm(g, F.transpose(0, 1).reshape(p, n * q)).view(len(rows), P * n, q)
+        left, right = (t.transpose(0, 1).reshape(t.shape[1], -1) for t in (products, rows.reshape(len(rows), Q, q)))
+        dA = product(left, right.t()).view(P, n, Q).transpose(0, 1)
+        return dA.to(A.dtype).contiguous(), dF.to(F.dtype).contiguous()
+    g = blocks(as_rows(grad), P)
 
     def panels() -> Iterator[Tensor]:
         for k in range(P):
