@@ -23,14 +23,13 @@ class PHMLayer(modeling.PHMLayer):
         if len(W) == 1:
             return functional.phm_linear(x, A, W[0].transpose(1, 2), self.b)
         left, right = W
-        rank = left.shape[2]
-        if 2 * n * rank * (self.in_features + self.out_features) > self.in_features * self.out_features:
+        steps = n * left.shape[2] * (self.in_features + n * self.out_features)
+        if 2 * steps > self.in_features * self.out_features:
             return functional.phm_linear(x, A, torch.bmm(left, right).transpose(1, 2), self.b)
-        # Block l of x by every left factor: n * rank numbers, of which term i of the rest takes its own.
+        # Block l of x by every left factor, n * rank numbers each, and of the rest a matrix of as few columns.
         x = nn.functional.linear(x.unflatten(-1, (n, -1)), left.transpose(1, 2).flatten(0, 1)).flatten(-2)
-        own = torch.eye(n, dtype=right.dtype, device=right.device).view(n, 1, n, 1)
-        F = (own * right.transpose(1, 2).unsqueeze(2)).flatten(2)
-        return functional.phm_linear(x, A, F, self.b)
+        rest = torch.einsum("ikl,irs->kslir", A, right).flatten(2).flatten(0, 1)
+        return nn.functional.linear(x, rest, self.b)
 
     def _weights(self, own: str, shared: str, is_shared: bool, factorized: bool) -> tuple[Tensor, ...]:
         """The weight of this name, or its two factors, from where the library keeps it."""

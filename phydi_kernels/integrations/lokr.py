@@ -13,7 +13,6 @@ from .. import functional
 
 LIBRARY = "peft LoKr"
 _CONV = {1: nn.functional.conv1d, 2: nn.functional.conv2d}
-_PHC_CONV = {1: functional.phc_conv1d, 2: functional.phc_conv2d}
 
 
 class _Factored(lokr.LoKrLayer):
@@ -50,7 +49,7 @@ class _Factored(lokr.LoKrLayer):
     def _convolution(self, x: Tensor, A: Tensor, name: str) -> Tensor:
         d, base = _dims(self), self.get_base_layer()
         geometry = base.stride, base.padding, base.dilation
-        kernel, phc_conv = base.kernel_size, _PHC_CONV[d]
+        kernel, phc_conv = base.kernel_size, functional.phc_conv1d if d == 1 else functional.phc_conv2d
         if name in self.lokr_w2:
             return phc_conv(x, A, self.lokr_w2[name].unsqueeze(0), None, *geometry)
         out, into = self.lokr_w2_a[name], self.lokr_w2_b[name]
