@@ -17,6 +17,7 @@ from threadpoolctl import threadpool_limits
 HERE = Path(__file__).resolve().parent
 ROWS = pytest.StashKey[list[dict[str, Any]]]()
 TRAINING = pytest.StashKey[list[dict[str, Any]]]()
+ADAPTERS = pytest.StashKey[list[dict[str, Any]]]()
 OUTRUN = pytest.StashKey[list[dict[str, Any]]]()
 # How far a ratio to the dense layer may be above that of the same row with one thread.
 MORE_THREADS = 0.1
@@ -57,6 +58,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.option.benchmark_quiet = True
     config.stash[ROWS] = []
     config.stash[TRAINING] = []
+    config.stash[ADAPTERS] = []
     config.stash[OUTRUN] = []
 
 
@@ -113,7 +115,8 @@ def compare(benchmark, threads: int, device: torch.device, request: pytest.Fixtu
             benchmark(ours)
             return
         times, calls = paired_times(rivals, device)
-        rows = request.config.stash[TRAINING if request.path.name == "bench_training.py" else ROWS]
+        own = {"bench_training.py": TRAINING, "bench_adapters.py": ADAPTERS}
+        rows = request.config.stash[own.get(request.path.name, ROWS)]
         stated = _limits(asked, case, threads, rows) if device.type == "cpu" else {}
         row = {**case, "threads": threads, **report.summary(times), "asked": stated}
         benchmark.extra_info.update(row)
@@ -180,6 +183,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, exitstatu
     for rows, table, file, source in (
         (config.stash[ROWS], report.text, f"{device.type}.json", HERE),
         (config.stash[TRAINING], report.text, f"training_{device.type}.json", HERE / "bench_training.py"),
+        (config.stash[ADAPTERS], report.text, f"adapters_{device.type}.json", HERE / "bench_adapters.py"),
         (config.stash[OUTRUN], report.speedup_text, f"gda_{device.type}.json", HERE / "bench_gda.py"),
     ):
         if not rows:

@@ -21,6 +21,7 @@ from phydi_kernels.kernels import cpu
 RESULTS = Path(__file__).resolve().parent / "results" / "cpu.json"
 DISCRIMINANT = RESULTS.with_name("gda_cpu.json")
 TRAINING = RESULTS.with_name("training_cpu.json")
+ADAPTERS = RESULTS.with_name("adapters_cpu.json")
 # Columns of further rivals, as ratios to the dense layer; rows without one of them have an empty cell.
 RIVALS = ("published", "prepacked", "learned A", "dense folded", "stream", "mix", "panel")
 HEADER = (
@@ -137,6 +138,20 @@ def training_markdown(results: Mapping[str, Any]) -> str:
     return "\n".join([*lines, "", machine_line({**results, "rows": single})])
 
 
+def adapters_markdown(results: Mapping[str, Any]) -> str:
+    """The README's table of adapter layers: times over those of the dense layer at one thread, pass by pass."""
+    single = [row for row in results["rows"] if row["threads"] == 1]
+    by_layer: dict[str, dict[str, Mapping[str, float]]] = {}
+    for row in single:
+        by_layer.setdefault(row["layer"], {})[row["pass"]] = row["ratio"]
+    titles = [f"{title}, {who}" for title in PASSES.values() for who in ("ours", "the library")]
+    lines = [f"| Adapter | {' | '.join(titles)} |", "|---|" + "--:|" * len(titles)]
+    for layer, ratios in by_layer.items():
+        cells = [f"**{ratios[name]['ours']:.2f}** | {ratios[name]['published']:.2f}" for name in PASSES]
+        lines.append(f"| {layer} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", machine_line({**results, "rows": single})])
+
+
 def speedup_markdown(results: Mapping[str, Any]) -> str:
     """The README's table of the discriminant analysis, at one thread, and the machine line."""
     single = [row for row in results["rows"] if row["threads"] == 1]
@@ -187,8 +202,8 @@ def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
     low, high = row["ours_quartiles"]
     return (
         row["layer"],
-        str(row["n"]),
-        _algebra(row),
+        "" if row["n"] is None else str(row["n"]),
+        "" if row["n"] is None else _algebra(row),
         row["pass"],
         row["dtype"],
         str(row["threads"]),
@@ -236,6 +251,7 @@ if __name__ == "__main__":
     tables = parser.add_mutually_exclusive_group()
     tables.add_argument("--discriminant", action="store_true", help="the discriminant analysis (results/gda_cpu.json)")
     tables.add_argument("--training", action="store_true", help="whole networks (results/training_cpu.json)")
+    tables.add_argument("--adapters", action="store_true", help="adapter layers (results/adapters_cpu.json)")
     parser.add_argument("--markdown", action="store_true", help="the README's tables")
     parser.add_argument("--write", type=Path, metavar="README", help="put the README's tables into this file")
     args = parser.parse_args()
@@ -243,6 +259,8 @@ if __name__ == "__main__":
         option, path, as_text, as_markdown = "--discriminant ", DISCRIMINANT, speedup_text, speedup_markdown
     elif args.training:
         option, path, as_text, as_markdown = "--training ", TRAINING, text, training_markdown
+    elif args.adapters:
+        option, path, as_text, as_markdown = "--adapters ", ADAPTERS, text, adapters_markdown
     else:
         option, path, as_text, as_markdown = "", RESULTS, text, markdown
     found = json.loads((args.file or path).read_text(encoding="utf-8"))

@@ -91,6 +91,7 @@ def apply_phydi_kernels(model: Module, *, verbose: bool = True) -> Module:
         already stay there.
 
     Raises:
+        ImportError: peft is older than 0.19.
         TypeError: ``model`` is not a Module, or ``verbose`` not a bool.
     """
     if not isinstance(model, Module):

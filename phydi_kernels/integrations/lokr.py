@@ -5,11 +5,15 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import peft
 import torch
 from peft.tuners.lokr import layer as lokr
 from torch import Tensor, nn
 
 from .. import functional
+
+if not hasattr(lokr, "Conv1d"):
+    raise ImportError(f"apply_phydi_kernels needs peft 0.19 or newer, not {peft.__version__}")
 
 LIBRARY = "peft LoKr"
 _CONV = {1: nn.functional.conv1d, 2: nn.functional.conv2d}
