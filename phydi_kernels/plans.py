@@ -209,6 +209,9 @@ _CONV_WEIGHT_GRAD = 1.3  # a weight gradient of few channels, relative to the co
 _CONV_GRAD_PRODUCT = 0.009
 _CONV_GRAD_FORM = 5.0
 _CONV_GRAD_READ = 0.45
+# The weights' gradients without factors: an entry of H's split, and passes over the mixed input at the cost of mixing.
+_CONV_SPLIT = 0.8
+_CONV_MIXED_PASSES = 2.5
 _TURN_IMAGE = 0.4  # an entry of an image copied from planes into rows, or back; torch's convolutions do so as well
 
 
@@ -408,6 +411,10 @@ def _conv_product(bfloat16: bool, isa: str) -> float:
     return _CONV_PRODUCT * (_RATES[isa].bfloat16_convolution if bfloat16 else 1)
 
 
+def _conv_grad_product(bfloat16: bool, isa: str) -> float:
+    return _CONV_GRAD_PRODUCT * _conv_product(bfloat16, isa) / _CONV_PRODUCT
+
+
 def _conv_costs(
     pixels: int, outputs: int, n: int, P: int, Q: int, p: int, q: int, taps: int, bfloat16: bool, isa: str
 ) -> dict[Plan, float]:
@@ -444,6 +451,27 @@ def phc_conv(
         costs[Plan.POINTWISE] = min(linear.values()) / _RATES[isa].convolution
         costs = {plan: cost + copied * _TURN_IMAGE for plan, cost in costs.items()}
     return min(costs, key=costs.__getitem__)
+
+
+@lru_cache(maxsize=4096)
+def phc_conv_weight_grad(
+    pixels: int,
+    outputs: int,
+    n: int,
+    P: int,
+    Q: int,
+    p: int,
+    q: int,
+    taps: int,
+    bfloat16: bool = False,
+    isa: str = BEST_ISA,
+) -> Plan:
+    """PANEL (that of H, split) or MIX (those of a convolution of the mixed input); see phc_conv."""
+    product = _conv_grad_product(bfloat16, isa)
+    panel = P * p * Q * q * taps * (_CONV_SPLIT + outputs * product)
+    mixed = pixels * P * n * q * _CONV_MIX * _CONV_MIXED_PASSES
+    mixed += 2 * outputs * P * p * n * q * taps * product * _narrow(p, n * q)
+    return Plan.MIX if mixed < panel else Plan.PANEL
 
 
 def _narrow(p: int, q: int) -> float:
@@ -537,8 +565,7 @@ def phc_conv_factored_grad(
     By PANEL the input's gradient has a plan of its own; ``row`` and ``pointwise`` are those of that plan.
     """
     of_input = _conv_factored_costs(outputs, outputs, n, Q, P, q, p, taps, R, bfloat16, row, pointwise, isa)
-    grad_product = _CONV_GRAD_PRODUCT * _conv_product(bfloat16, isa) / _CONV_PRODUCT
-    of_weights = P * p * Q * q * taps * (_CONV_GRAD_FORM + outputs * grad_product)
+    of_weights = P * p * Q * q * taps * (_CONV_GRAD_FORM + outputs * _conv_grad_product(bfloat16, isa))
     of_weights += (pixels * Q * q + outputs * P * p) * _CONV_GRAD_READ
     cost = {Plan.PANEL: min(of_input.values()) + of_weights}
     if pointwise:

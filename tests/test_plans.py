@@ -18,6 +18,7 @@ def test_every_size_has_a_plan(rows, n, p):
         assert plans.phm_linear(rows, n, n, n, p, p, contiguous) in LINEAR_PLANS
     assert plans.phm_linear_weight_grad(rows, n, n, n, p, p) in (Plan.STREAM, Plan.MIX, Plan.PANEL)
     assert plans.phc_conv(rows, rows, n, n, n, p, p, 9) in (Plan.MIX, Plan.PANEL)
+    assert plans.phc_conv_weight_grad(rows, rows, n, n, n, p, p, 9) in (Plan.MIX, Plan.PANEL)
 
 
 @pytest.mark.parametrize("features", (512, 1024, 4096))
@@ -68,6 +69,13 @@ def test_stream_keeps_its_mixed_rows_within_a_mebibyte():
 
 def test_convolution_of_many_pixels_forms_panels():
     assert plans.phc_conv(64 * 32 * 32, 64 * 32 * 32, 4, 4, 4, 16, 16, 9) is Plan.PANEL
+
+
+@pytest.mark.parametrize("isa", ("avx2", "avx512_bf16"))
+def test_weight_gradients_of_convolutions(isa):
+    """By mixing they take 2n/Q of the products of the gradient of H: an eighth for one term, twice those for n = Q."""
+    assert plans.phc_conv_weight_grad(2048, 2048, 1, 16, 16, 20, 20, 9, isa=isa) is Plan.MIX
+    assert plans.phc_conv_weight_grad(2048, 2048, 4, 4, 4, 64, 64, 9, isa=isa) is Plan.PANEL
 
 
 def test_convolution_of_few_pixels_forms_nothing():

@@ -3,7 +3,8 @@
 * panel: rows of H for whole output blocks, at most the larger of 4 MiB and one block's share 1/P of H at a time, and
   one convolution with each. A panel costs n multiplications an entry, the convolution batch * pixels.
 * mix: sum_l A[i,k,l] x_l for each term and output block, then one convolution of P times the batch with F itself.
-  No part of H exists; worth it where the weights outweigh the activations.
+  No part of H exists; worth it where the weights outweigh the activations, and where there are few terms (LoKr). The
+  weights' gradients are those of this convolution: dF whole, dA[i,k,l] = <gradient of the mixed input, x_l>.
 * pointwise: a kernel of one position is a linear layer whose rows are the pixels. The linear kernels multiply. The
   pixels of a channels_last image are taken as they lie, but with a stride copied whole. Those of planes are copied some
   images at a time, but whole (x, grad and dx) where all gradients are computed at once.
@@ -315,14 +316,29 @@ def phc_conv_input_grad(
 
 
 def phc_conv_weight_grad(
-    grad: Tensor, x: Tensor, A: Tensor, F: Tensor, stride: list[int], padding: list[int], dilation: list[int]
+    grad: Tensor,
+    x: Tensor,
+    A: Tensor,
+    F: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    plan: Plan,
 ) -> tuple[Tensor, Tensor]:
     dtype, algebra_dtype = x.dtype, A.dtype
     grad, x, A, F = to_work_dtype(grad, x, A, F)
+    fmt = memory_format(x)
+    x, grad = x.contiguous(memory_format=fmt), grad.contiguous(memory_format=fmt)
+    of_weights = _mixed_weight_grad if plan is Plan.MIX else _panel_weight_grad
+    dA, dF = of_weights(grad, x, A, F, stride, padding, dilation)
+    return dA.to(algebra_dtype), dF.to(dtype)
+
+
+def _panel_weight_grad(
+    grad: Tensor, x: Tensor, A: Tensor, F: Tensor, stride: list[int], padding: list[int], dilation: list[int]
+) -> tuple[Tensor, Tensor]:
     P, Q = A.shape[1:]
     p = F.shape[1]
-    x = x.contiguous(memory_format=memory_format(x))
-    grad = grad.contiguous(memory_format=memory_format(x))
     dA, dF = [], torch.zeros_like(F, dtype=compute_dtype(F.dtype), memory_format=torch.contiguous_format)
     for ks in _blocks(P, F[0].numel() * Q, F.element_size()):
         g = grad[:, _channels(ks, p)]
@@ -331,4 +347,21 @@ def phc_conv_weight_grad(
         part_A, part_F = _ops.kron_sum_grad.default(G.contiguous(), A[:, ks], F)
         dA.append(part_A)
         dF.add_(part_F)
-    return torch.cat(dA, 1).to(algebra_dtype), dF.to(dtype)
+    return torch.cat(dA, 1), dF
+
+
+def _mixed_weight_grad(
+    grad: Tensor, x: Tensor, A: Tensor, F: Tensor, stride: list[int], padding: list[int], dilation: list[int]
+) -> tuple[Tensor, Tensor]:
+    n, P, Q = A.shape
+    p, q = F.shape[1:3]
+    mixed = mix(x, A)
+    g = grad.unflatten(1, (P, p)).flatten(0, 1).contiguous(memory_format=memory_format(x))
+    weight = F.transpose(0, 1).flatten(1, 2)
+    dF = convolution_backward(g, mixed, torch.empty_like(weight), stride, padding, dilation, of=1)
+    of_mixed = convolution_backward(g, mixed, weight, stride, padding, dilation, of=0)
+    work = compute_dtype(x.dtype)
+    left = of_mixed.reshape(len(x), P * n, math.prod(mixed.shape[2:]) * q).to(work)
+    right = x.reshape(len(x), Q, left.shape[2]).to(work)
+    dA = torch.bmm(left, right.transpose(1, 2)).sum(0).view(P, n, Q).transpose(0, 1)
+    return dA.contiguous(), dF.unflatten(1, (n, q)).transpose(0, 1).contiguous()

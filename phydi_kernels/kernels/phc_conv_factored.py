@@ -292,6 +292,6 @@ def phc_conv_factored_weight_grad(
     """(dU, dV, dW, dF) through the gradient of A = sum_r U_r (x) V_r (x) W_r, each in the type of its argument."""
 
     def weight_grad(A: Tensor) -> tuple[Tensor, Tensor]:
-        return dense.phc_conv_weight_grad(grad, x, A, F, stride, padding, dilation)
+        return dense.phc_conv_weight_grad(grad, x, A, F, stride, padding, dilation, Plan.PANEL)
 
     return factored_weight_grad(weight_grad, x.dtype, U, V, W)

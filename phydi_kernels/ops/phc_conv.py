@@ -86,8 +86,13 @@ def _input_grad_cpu(grad, A, F, input_size, stride, padding, dilation):
     return phc_conv.pointwise(grad, input_size, linear, [1] * len(stride), stride)
 
 
-def _weight_grad_cpu(*args):
-    return (phc_conv if cpu.available() else reference).phc_conv_weight_grad(*args)
+def _weight_grad_cpu(grad, x, A, F, stride, padding, dilation):
+    args = (grad, x, A, F, stride, padding, dilation)
+    if not cpu.available():
+        return reference.phc_conv_weight_grad(*args)
+    sizes = (pixels(x), pixels(grad), *A.shape, *F.shape[1:3], math.prod(F.shape[3:]))
+    plan = plans.phc_conv_weight_grad(*sizes, x.dtype == torch.bfloat16, cpu.isa())
+    return phc_conv.phc_conv_weight_grad(*args, plan)
 
 
 def _forward_cuda(x, A, F, bias, stride, padding, dilation, residual, alpha, activation):
