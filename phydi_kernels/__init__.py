@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_SUBMODULES = ("algebra", "convert", "discriminant", "functional", "inference", "models", "nn")
+_SUBMODULES = ("algebra", "convert", "discriminant", "functional", "inference", "integrations", "models", "nn")
 
 __all__ = ["__version__", "optimize_for_inference", *_SUBMODULES]
 

@@ -17,6 +17,7 @@ MODULES = (
     "phydi_kernels.convert",
     "phydi_kernels.functional",
     "phydi_kernels.inference",
+    "phydi_kernels.integrations",
     "phydi_kernels.models",
     "phydi_kernels.nn",
 )

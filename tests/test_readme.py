@@ -13,7 +13,15 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.mark.parametrize(
-    "command", ("report.py", "report.py --training", "report.py --discriminant", "grid.py", "gda_errors.py")
+    "command",
+    (
+        "report.py",
+        "report.py --training",
+        "report.py --adapters",
+        "report.py --discriminant",
+        "grid.py",
+        "gda_errors.py",
+    ),
 )
 def test_benchmark_tables_are_those_of_the_results_files(command):
     program, *options = command.split()
