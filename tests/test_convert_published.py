@@ -14,7 +14,7 @@ from op_cases import dense_weight
 from torch import Tensor, nn
 from torch.nn import functional
 
-from phydi_kernels import models, optimize_for_inference
+from phydi_kernels import algebra, models, optimize_for_inference
 from phydi_kernels.convert import load_reference_state_dict
 from phydi_kernels.models import PHTransformerLM
 from phydi_kernels.nn import (
@@ -332,6 +332,34 @@ def test_algebra_of_terms(algebra_rank):
     U, V, W = (t.norm(dim=1) for t in (ours["linear"].U, ours["linear"].V, ours["linear"].W))
     torch.testing.assert_close(U, V)
     torch.testing.assert_close(U, W)
+
+
+def test_terms_that_an_algebra_does_not_need_can_learn():
+    """The complex numbers have three terms of the layer's four."""
+    published = randomized(Linear(2, 6, 4))
+    with torch.no_grad():
+        published.A.copy_(algebra.complex_numbers())
+    ours = PHMLinear(6, 4, 2, algebra_rank=4, **f64)
+    before = {name: p.detach().clone() for name, p in ours.named_parameters()}
+    load_all(ours, published)
+    assert_equal_outputs(ours, published, normal((3, 6), 1))
+    (spare,) = (ours.U == 0).all(1).nonzero().flatten().tolist()
+    assert torch.equal(ours.V[spare], before["V"][spare]) and torch.equal(ours.W[spare], before["W"][spare])
+    ours(normal((3, 6), 1)).square().sum().backward()
+    assert ours.U.grad[spare].abs().min() > 0
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_terms_without_values_stay_zero(value):
+    published = randomized(Linear(2, 6, 4))
+    with torch.no_grad():
+        published.A.copy_(algebra.complex_numbers())
+        ours = PHMLinear(6, 4, 2, algebra_rank=4, **f64)
+        for p in ours.parameters():
+            p.fill_(value)
+    load_all(ours, published)
+    assert_equal_outputs(ours, published, normal((3, 6), 1))
+    assert all(p.isfinite().all() for p in ours.parameters())
 
 
 def test_algebra_of_too_few_terms():

@@ -26,7 +26,7 @@ from ..nn import (
 )
 from ..nn._base import HypercomplexLayer
 from ..nn._fixup import Shift
-from ..nn._init import balanced_terms
+from ..nn._init import balanced_terms, spare_terms
 from ..nn.factored import FactoredLayer
 
 if TYPE_CHECKING:
@@ -81,7 +81,8 @@ def load_reference_state_dict(
     bias gets zeros: build it with ``bias=False``, as :class:`PHResNet` does, or it is learned from there.
 
     A layer with ``algebra_rank`` gets an algorithm of the published A (:func:`phydi_kernels.algebra.decompose`), the
-    factors of each term with equal norms. Terms that A does not need are zero, and training leaves them so.
+    factors of each term with equal norms. Terms that A does not need have U[r] = 0 and the V[r] and W[r] that the layer
+    has: they add nothing, and learn.
 
     Which model to build:
 
@@ -209,8 +210,8 @@ def _entry(key: str, value: Any, places: Mapping[str, _Place]) -> _Entry:
         names = (place.published + "A", place.published + "a")
         if leaf == "A":
             return _Entry(names, shape)
-        R, n = value.shape
-        return _Entry(names, (n, n, n), partial(_factor, _FACTORS.index(leaf), R))
+        n = value.shape[1]
+        return _Entry(names, (n, n, n), partial(_factor, _FACTORS.index(leaf), value))
     conv = isinstance(place.module, _CONVS)
     if leaf == "F":
         names = (place.published + ("F" if conv else "S"), place.published + "s")
@@ -218,8 +219,15 @@ def _entry(key: str, value: Any, places: Mapping[str, _Place]) -> _Entry:
     return _Entry(same, shape, torch.zeros_like) if conv and leaf == "bias" else _Entry(same, shape)
 
 
-def _factor(index: int, R: int, A: Tensor) -> Tensor:
-    return balanced_terms(A, R)[index]
+def _factor(index: int, own: Tensor, A: Tensor) -> Tensor:
+    """U, V or W of A, by its index; ``own`` is what the layer holds in its place."""
+    terms = balanced_terms(A, len(own))
+    factor = terms[index].clone()
+    if index > 0 and not own.is_meta:
+        spare = spare_terms(terms[0])
+        # Of a layer whose values were never drawn, none that would turn a zero into NaN.
+        factor[spare] = own[spare].to(factor).nan_to_num(0.0, 0.0, 0.0)
+    return factor
 
 
 def _scaled(scale: float, F: Tensor) -> Tensor:

@@ -124,10 +124,14 @@ def _initialize_factors(factors: Sequence[Tensor], variance: float, init: str | 
     terms = balanced_terms(init, R)
     for t, values in zip(factors, terms, strict=True):
         t.copy_(values)
-    spare = (terms[0] == 0).all(1).nonzero().flatten().tolist()
     for t in factors[1:]:
-        for r in spare:
+        for r in spare_terms(terms[0]):
             t[r].normal_(std=std)
+
+
+def spare_terms(U: Tensor) -> list[int]:
+    """The terms that add nothing to A, and learn where V and W are not zero as well."""
+    return (U == 0).all(1).nonzero().flatten().tolist()
 
 
 def balanced_terms(A: Tensor, R: int) -> tuple[Tensor, ...]:
