@@ -178,6 +178,8 @@ _STREAM_CACHED_ENTRIES = 1 << 17
 # One core's share of L3: weights of more bytes come from memory.
 NEAR_BYTES = 8 << 20
 _NEARLY_FAR_BYTES = 6 << 20
+# What a row of one block and term takes to be mixed however short it is, in products.
+_MIX_START = 250.0
 # Vectors of columns in a tile of stream where these lie along p.
 _STREAM_VECTORS = 4
 # Stream keeps its mixed rows in L2; their number is not bounded otherwise.
@@ -247,7 +249,7 @@ def _linear_costs(
     wide_q = _padded(q, lanes)
     terms = n * p * wide_q
     blocks = rows * P
-    mixing = blocks * n * wide_q * Q * rates.mix
+    mixing = blocks * n * (wide_q * Q * rates.mix + _MIX_START * rates.product)
     cost = {
         Plan.MIX: terms * rates.pack + blocks * n * q * _padded(p, lanes) * product + mixing,
         Plan.PANEL: P * Q * terms * (rates.form if contiguous else rates.form_transposed)

@@ -49,6 +49,13 @@ def test_weight_gradients_by_mixing_cost_the_same_transposed(sizes):
     assert plans._weight_grad_costs(64, 1, Q, P, q, p, plans.BEST_ISA)[Plan.MIX] == cost
 
 
+@pytest.mark.parametrize("isa", ("avx2", "avx512_bf16"))
+def test_short_blocks_form_panels(isa):
+    """A block of a few features takes as long to start mixing as to mix, and there are n * P of them a row."""
+    for rows in (64, 256, 2048):
+        assert plans.phm_linear(rows, 8, 8, 8, 8, 8, True, isa=isa) is Plan.PANEL
+
+
 @pytest.mark.parametrize("features", (512, 1024, 4096))
 def test_panel_stays_chosen_as_the_batch_grows(features):
     p = features // 4
