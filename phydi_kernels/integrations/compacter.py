@@ -44,5 +44,6 @@ REPLACEMENTS = {modeling.PHMLayer: PHMLayer}
 
 
 def why_left(layer: modeling.PHMLayer) -> str:
-    """Why the layer computes as before; "" if it does not."""
-    return "its forward was replaced in the instance" if "forward" in vars(layer) else ""
+    """Why the layer computes as before; "" if it does not. What wraps the forward of ours runs it."""
+    replaced = type(layer) is modeling.PHMLayer and "forward" in vars(layer)
+    return "its forward was replaced in the instance" if replaced else ""
