@@ -28,7 +28,12 @@ LAYERS = (
 )
 # What is imported from elsewhere: by every module, and by those that an extra of the installation serves.
 DEPENDENCIES = {"phydi_kernels", "torch", "tqdm", *sys.stdlib_module_names}
-EXTRAS = {"kernels": {"triton"}, "discriminant": {"numpy", "sklearn"}, "demo": {"matplotlib", "sklearn"}}
+EXTRAS = {
+    "kernels": {"triton"},
+    "discriminant": {"numpy", "sklearn"},
+    "demo": {"matplotlib", "sklearn"},
+    "integrations": {"adapters", "peft"},
+}
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 FILES = sorted(ROOT.rglob("*.py"))
 
