@@ -57,24 +57,24 @@ class _Factored(lokr.LoKrLayer):
         if name in self.lokr_w2:
             return phc_conv(x, A, self.lokr_w2[name].unsqueeze(0), None, *geometry)
         out, into = self.lokr_w2_a[name], self.lokr_w2_b[name]
-        core = self.lokr_t2[name].flatten(2).unflatten(2, kernel) if name in self.lokr_t2 else None
-        if core is not None:
+        q = base.in_channels // A.shape[2]
+        if name in self.lokr_t2:
             # PEFT's make_weight_cp: w2 = sum_ij core[i,j] out[i,:] into[j,:].
-            out = out.t()
-        rank, taps = out.shape[1], math.prod(kernel)
-        p, q = len(out), into[0].numel() // (taps if core is None else 1)
-        steps = rank * (q * taps + p) if core is None else rank * (q + rank * taps + p)
-        if not _small(steps, p, q * taps):
-            w2 = out @ into if core is None else torch.einsum("pi,ij...,jq->pq...", out, core, into)
+            out, core = out.t(), self.lokr_t2[name].flatten(2).unflatten(2, kernel)
+            filters = [into.view(-1, q, *[1] * d), core]
+        else:
+            filters = [into.view(-1, q, *kernel)]
+        p, rank = out.shape
+        if not _small(sum(f.numel() for f in (out, *filters)), p, q * math.prod(kernel)):
+            w2 = torch.einsum("pi,ij...,jq->pq...", out, core, into) if len(filters) == 2 else out @ into
             return phc_conv(x, A, w2.reshape(1, p, q, *kernel), None, *geometry)
         # Block l of the channels as an image of its own.
         images = x.unflatten(-1 - d, (A.shape[2], q))
         batched = images.dim() == d + 3
         images = images.flatten(0, 1) if batched else images
-        if core is None:
-            images = _CONV[d](images, into.view(rank, q, *kernel), None, *geometry)
-        else:
-            images = _CONV[d](_CONV[d](images, into.view(rank, q, *[1] * d)), core, None, *geometry)
+        for pointwise in filters[:-1]:
+            images = _CONV[d](images, pointwise)
+        images = _CONV[d](images, filters[-1], None, *geometry)
         images = images.unflatten(0, (-1, A.shape[2])) if batched else images
         return phc_conv(images.flatten(-2 - d, -1 - d), A, out.reshape(1, p, rank, *[1] * d))
 

@@ -17,9 +17,6 @@ from .. import plans
 from ..plans import Plan
 from ..reference import compute_dtype, split_structure_grad, structure
 
-# One core's share of an L3 cache.
-_BLOCK_BYTES = 8 << 20
-
 LIBRARY = Path(__file__).resolve().parent.parent / "lib" / "libphydi_kernels.so"
 
 _LIB = torch.library.Library("phydi_cpu", "DEF")
@@ -186,11 +183,17 @@ def _mixed_weight_grad(grad: Tensor, x: Tensor, A: Tensor, F: Tensor) -> tuple[T
     dF = _phm_linear_weight_grad(rows, mixed, each.view(n, 1, n), F, int(Plan.PANEL))[1]
     of_product = plans.phm_linear(len(rows), n, n, 1, q, p, False, x.dtype == torch.bfloat16, isa())
     products = phm_linear(rows, each.view(n, n, 1), F.transpose(1, 2), None, None, None, "none", of_product)
-    dA = A.new_zeros((P * n, Q), dtype=compute_dtype(A.dtype))
-    some = max(1, _BLOCK_BYTES // (dA.numel() * dA.element_size()))
-    for a, b in zip(products.view(len(x), P * n, q).split(some), x.view(len(x), Q, q).split(some), strict=True):
-        dA += torch.bmm(a.to(dA.dtype), b.to(dA.dtype).transpose(1, 2)).sum(0)
-    return dA.view(P, n, Q).transpose(0, 1).to(A.dtype, memory_format=torch.contiguous_format), dF
+    return algebra_grad(products.view(len(x), P * n, q), x.view(len(x), Q, q), n).to(A.dtype), dF
+
+
+def algebra_grad(products: Tensor, x: Tensor, n: int) -> Tensor:
+    """dA[i,k,l] = <products_ki, x_l>, of products (B, P*n, size) and x (B, Q, size), in the type that adds up."""
+    dtype = compute_dtype(x.dtype)
+    dA = x.new_zeros((products.shape[1], x.shape[1]), dtype=dtype)
+    some = max(1, plans.NEAR_BYTES // (dA.numel() * dA.element_size()))
+    for a, b in zip(products.split(some), x.split(some), strict=True):
+        dA += torch.bmm(a.to(dtype), b.to(dtype).transpose(1, 2)).sum(0)
+    return dA.unflatten(0, (-1, n)).transpose(0, 1).contiguous()
 
 
 def phm_linear_factored(

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ..plans import Plan
 from ..reference import compute_dtype
+from .cpu import algebra_grad
 
 _PANEL_BYTES = 4 << 20
 # One core's share of an L3 cache: scratch memory for some images at a time. Smaller blocks pay more for calls than they
@@ -360,8 +361,6 @@ def _mixed_weight_grad(
     weight = F.transpose(0, 1).flatten(1, 2)
     dF = convolution_backward(g, mixed, torch.empty_like(weight), stride, padding, dilation, of=1)
     of_mixed = convolution_backward(g, mixed, weight, stride, padding, dilation, of=0)
-    work = compute_dtype(x.dtype)
-    left = of_mixed.reshape(len(x), P * n, math.prod(mixed.shape[2:]) * q).to(work)
-    right = x.reshape(len(x), Q, left.shape[2]).to(work)
-    dA = torch.bmm(left, right.transpose(1, 2)).sum(0).view(P, n, Q).transpose(0, 1)
-    return dA.contiguous(), dF.unflatten(1, (n, q)).transpose(0, 1).contiguous()
+    size = q * math.prod(x.shape[2:])
+    dA = algebra_grad(of_mixed.reshape(len(x), P * n, size), x.reshape(len(x), Q, size), n)
+    return dA, dF.unflatten(1, (n, q)).transpose(0, 1).contiguous()

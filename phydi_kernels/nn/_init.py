@@ -124,8 +124,9 @@ def _initialize_factors(factors: Sequence[Tensor], variance: float, init: str | 
     terms = balanced_terms(init, R)
     for t, values in zip(factors, terms, strict=True):
         t.copy_(values)
+    spare = spare_terms(terms[0])
     for t in factors[1:]:
-        for r in spare_terms(terms[0]):
+        for r in spare:
             t[r].normal_(std=std)
 
 
