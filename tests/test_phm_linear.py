@@ -8,7 +8,7 @@ from helpers import DTYPES, LAYOUTS, assert_close, assert_exact, dtype_id, evalu
 from op_cases import CASES, LINEAR_PROBLEMS
 from op_checks import ACTIVATIONS, OpChecks, absolute, double, draw
 
-from phydi_kernels import functional
+from phydi_kernels import functional, plans
 from phydi_kernels.kernels import cpu
 from phydi_kernels.plans import Plan
 
@@ -141,6 +141,15 @@ class TestWeightGradPlans:
         products = CASE.terms(tensors) * grad.numel()
         for name, value in self._run(tensors, grad, plan).items():
             assert_close(value, expected[name], magnitude[name], max(1.0, products / value.numel()), name)
+
+
+@pytest.mark.parametrize("samples", (1, 2, 5))
+def test_gradient_of_a_by_mixing_adds_up_some_samples_at_a_time(samples, monkeypatch):
+    n, P, Q = 2, 3, 4
+    products, x = ternary((5, P * n, 7), 0).float(), ternary((5, Q, 7), 1).float()
+    monkeypatch.setattr(plans, "NEAR_BYTES", samples * P * n * Q * 4)
+    dA = cpu.algebra_grad(products, x, n)
+    assert torch.equal(dA, torch.einsum("bkis,bls->ikl", products.view(5, P, n, 7), x))
 
 
 @pytest.mark.parametrize(
