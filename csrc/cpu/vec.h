@@ -2,12 +2,13 @@
 // Everything has internal linkage: two instruction sets in one library must not share an inline function.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <new>
 
-#if defined(__F16C__)
+#if defined(__F16C__) || defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -82,10 +83,17 @@ static inline Vec<double> load(const double* p) {
 }
 
 static inline Vec<float> load(const bf16* p) {
+  // One instruction each; of the conversion of vectors GCC makes five.
+#if defined(__AVX512F__)
+  const U32s bits = (U32s)_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__AVX2__)
+  const U32s bits = (U32s)_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
   U16s half;
   memcpy(&half, p, sizeof half);
-  const U32s bits = __builtin_convertvector(half, U32s) << 16;
-  return (Vec<float>)bits;
+  const U32s bits = __builtin_convertvector(half, U32s);
+#endif
+  return (Vec<float>)(bits << 16);
 }
 
 static inline float f16_to_float(f16 h) {
@@ -165,6 +173,44 @@ static inline void store(f16* p, Vec<float> v) {
 #endif
 }
 
+// What is shorter than 16 bytes in two words, read and written in pieces of 8, 4 and 2: a vector read from memory that was
+// written in pieces would wait for them.
+typedef uint64_t Words __attribute__((vector_size(16)));
+
+static inline Words load_words(const void* from, int64_t bytes) {
+  const char* p = static_cast<const char*>(from);
+  uint64_t first = 0, rest = 0;
+  if (bytes & 8) memcpy(&first, p, 8);
+  const char* tail = p + (bytes & 8);
+  if (bytes & 4) {
+    uint32_t four;
+    memcpy(&four, tail, 4);
+    rest = four;
+  }
+  if (bytes & 2) {
+    uint16_t two;
+    memcpy(&two, tail + (bytes & 4), 2);
+    rest |= uint64_t(two) << (bytes & 4) * 8;
+  }
+  return bytes & 8 ? Words{first, rest} : Words{rest, 0};
+}
+
+static inline void store_words(void* to, Words words, int64_t bytes) {
+  char* p = static_cast<char*>(to);
+  uint64_t rest = words[0];
+  if (bytes & 8) {
+    memcpy(p, &rest, 8);
+    p += 8;
+    rest = words[1];
+  }
+  if (bytes & 4) {
+    memcpy(p, &rest, 4);
+    p += 4;
+    rest >>= 32;
+  }
+  if (bytes & 2) memcpy(p, &rest, 2);
+}
+
 // The first `count` elements; the other lanes are zero.
 template <class In>
 static inline Vec<Compute<In>> load_some(const In* p, int64_t count) {
@@ -181,10 +227,25 @@ static inline Vec<Compute<In>> load_some(const In* p, int64_t count) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(padded), _mm256_maskz_loadu_epi16(__mmask16(mask), p));
     return load(padded);
   }
+#else
+#if defined(__AVX2__)
+  if constexpr (sizeof(In) >= 4) {
+    // A window of ones and zeros that begins with `count` ones.
+    alignas(64) static constexpr int32_t window[16] = {-1, -1, -1, -1, -1, -1, -1, -1};
+    constexpr int64_t step = sizeof(In) / 4;
+    const __m256i mask = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(window + 8 - step * count));
+    if constexpr (step == 2) {
+      return (Vec<double>)_mm256_maskload_pd(p, mask);
+    } else {
+      return (Vec<float>)_mm256_maskload_ps(p, mask);
+    }
+  }
 #endif
-  In padded[lanes] = {};
-  memcpy(padded, p, size_t(count) * sizeof(In));
+  const Words words = load_words(p, count * int64_t(sizeof(In)));
+  In padded[lanes];
+  memcpy(padded, &words, sizeof padded);
   return load(padded);
+#endif
 }
 
 template <class Out>
@@ -201,7 +262,19 @@ static inline void store_some(Out* p, Vec<Compute<Out>> v, int64_t count) {
 #endif
   Out padded[lanes];
   store(padded, v);
+#if defined(__AVX512F__)
   memcpy(p, padded, size_t(count) * sizeof(Out));
+#else
+  // Of a vector of 32 bytes the first half as it is, where there are as many.
+  const int64_t bytes = count * int64_t(sizeof(Out));
+  Words words{};
+  constexpr size_t half = std::min(sizeof words, sizeof padded);
+  memcpy(&words, padded, half);
+  if (bytes < 16) return store_words(p, words, bytes);
+  memcpy(p, &words, half);
+  memcpy(&words, padded + lanes / 2, half);
+  store_words(reinterpret_cast<char*>(p) + 16, words, bytes - 16);
+#endif
 }
 
 template <class T>
