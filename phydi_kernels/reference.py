@@ -52,16 +52,17 @@ def split_weight_grad(G: Tensor, A: Tensor, F: Tensor) -> tuple[Tensor, Tensor]:
 
 def structure(U: Tensor | None, V: Tensor, W: Tensor) -> Tensor:
     """A[i,k,l] = sum_r U[r,i] V[r,k] W[r,l] from U (R, n), V (R, P), W (R, Q); without U, A[r,k,l] = V[r,k] W[r,l]."""
-    if U is None:
-        return V.unsqueeze(2) * W.unsqueeze(1)
-    return torch.einsum("ri,rk,rl->ikl", U, V, W)
+    # Products of matrices: of einsum small algebras would mostly wait for its analysis.
+    VW = V.unsqueeze(2) * W.unsqueeze(1)
+    return VW if U is None else (U.t() @ VW.flatten(1)).view(-1, *VW.shape[1:])
 
 
 def split_structure_grad(dA: Tensor, U: Tensor, V: Tensor, W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(dU, dV, dW) from the gradient of A = structure(U, V, W)."""
-    dU = torch.einsum("ikl,rk,rl->ri", dA, V, W)
-    dV = torch.einsum("ikl,ri,rl->rk", dA, U, W)
-    dW = torch.einsum("ikl,ri,rk->rl", dA, U, V)
+    VW, of_terms = structure(None, V, W), (U @ dA.flatten(1)).view(-1, *dA.shape[1:])  # sum_i U[r,i] dA_i
+    dU = VW.flatten(1) @ dA.flatten(1).t()
+    dV = (of_terms @ W.unsqueeze(2)).squeeze(2)
+    dW = (V.unsqueeze(1) @ of_terms).squeeze(1)
     return dU, dV, dW
 
 
