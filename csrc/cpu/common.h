@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "amx.h"
 #include "kernels.h"
@@ -56,32 +57,39 @@ inline void prefetch(const In* row, int64_t count) {
   for (int64_t j = 0; j < count; j += 64 / int64_t(sizeof(In))) __builtin_prefetch(row + j);
 }
 
+// NV vectors of combine, of the last of them `some` entries: sums beside each other, which do not wait for one another.
+template <int NV, class In, class Out>
+inline void combine_vectors(const In* rows, int64_t row_stride, const Compute<In>* weight, int64_t weight_stride,
+                            int64_t terms, Out* out, int64_t some) {
+  using T = Compute<In>;
+  constexpr int last = NV - 1;
+  Vec<T> total[NV] = {};
+  for (int64_t t = 0; t < terms; ++t) {
+    const Vec<T> w = splat(weight[t * weight_stride]);
+    const In* row = rows + t * row_stride;
+#pragma GCC unroll 4
+    for (int v = 0; v < last; ++v) total[v] += w * load(row + v * kLanes<T>);
+    total[last] += w * load_some(row + last * kLanes<T>, some);
+  }
+#pragma GCC unroll 4
+  for (int v = 0; v < last; ++v) store(out + v * kLanes<T>, total[v]);
+  store_some(out + last * kLanes<T>, total[last], some);
+}
+
 // out[s] = sum_t weight[t * weight_stride] * rows[t * row_stride + s] for s < count.
 template <class In, class Out>
 inline void combine(const In* rows, int64_t row_stride, const Compute<In>* weight, int64_t weight_stride, int64_t terms,
                     Out* out, int64_t count) {
-  using T = Compute<In>;
-  int64_t s = 0;
-  for (; s + 4 * kLanes<T> <= count; s += 4 * kLanes<T>) {
-    Vec<T> total[4] = {};
-    for (int64_t t = 0; t < terms; ++t) {
-      const Vec<T> w = splat(weight[t * weight_stride]);
-#pragma GCC unroll 4
-      for (int v = 0; v < 4; ++v) total[v] += w * load(rows + t * row_stride + s + v * kLanes<T>);
-    }
-#pragma GCC unroll 4
-    for (int v = 0; v < 4; ++v) store(out + s + v * kLanes<T>, total[v]);
-  }
-  for (; s + kLanes<T> <= count; s += kLanes<T>) {
-    Vec<T> total{};
-    for (int64_t t = 0; t < terms; ++t) total += weight[t * weight_stride] * load(rows + t * row_stride + s);
-    store(out + s, total);
-  }
-  if (s == count) return;
-  Vec<T> total{};
-  for (int64_t t = 0; t < terms; ++t)
-    total += weight[t * weight_stride] * load_some(rows + t * row_stride + s, count - s);
-  store_some(out + s, total, count - s);
+  constexpr int64_t lanes = kLanes<Compute<In>>;
+  const auto some = [&](auto vectors) {
+    constexpr int NV = decltype(vectors)::value;
+    combine_vectors<NV>(rows, row_stride, weight, weight_stride, terms, out, count - (NV - 1) * lanes);
+  };
+  for (; count > 3 * lanes; count -= 4 * lanes, rows += 4 * lanes, out += 4 * lanes)
+    some(std::integral_constant<int, 4>{});
+  if (count > 2 * lanes) return some(std::integral_constant<int, 3>{});
+  if (count > lanes) return some(std::integral_constant<int, 2>{});
+  if (count > 0) some(std::integral_constant<int, 1>{});
 }
 
 // out[s] = row[s] for s < count, with a change of type.

@@ -59,7 +59,10 @@ struct Linear {
   // Row (b, k) of the mixed input, lanes over (i, s).
   template <class Out>
   void mixed_row(int64_t row, int64_t first, int64_t count, Out* out) const {
-    by_segment(first, count, out, [&](int64_t i, int64_t s, int64_t steps, Out* to) { mix(row, i, s, steps, to); });
+    const int64_t b = row / P, k = row - b * P;
+    by_segment(first, count, out, [&](int64_t i, int64_t s, int64_t steps, Out* to) {
+      combine(x + b * x_stride + s, q, A + (i * P + k) * Q, 1, Q, to, steps);
+    });
   }
 
   // Row b of the input itself, lanes over (l, s).

@@ -6,6 +6,24 @@
 namespace phydi {
 namespace {
 
+// u += g f and d = sum_m g_m mixed_m for one vector f of F, beside `rows` rows of the others; `whole`: all its entries
+// exist, else `some` of them do.
+template <bool whole, class In>
+void stream_vector(int64_t rows, const In* f, const Compute<In>* g, int64_t g_step, const Compute<In>* mixed,
+                   Compute<In>* u, int64_t step, int64_t some, In* d) {
+  using T = Compute<In>;
+  const auto from = [some](const auto* at) { return whole ? load(at) : load_some(at, some); };
+  const auto to = [some](auto* at, Vec<T> v) { whole ? store(at, v) : store_some(at, v, some); };
+  const Vec<T> w = from(f);
+  Vec<T> total{};
+  for (int64_t m = 0; m < rows; ++m, g += g_step, mixed += step, u += step) {
+    const Vec<T> gm = splat(*g);
+    to(u, from(u) + gm * w);
+    total += gm * from(mixed);
+  }
+  to(d, total);
+}
+
 // Few rows: F is read and dF written once, term by term, beside the mixed input and
 //   u[b,k,i,s] = sum_r grad[b,k,r] F[i,r,s];    dF[i,r,s] = sum_bk grad[b,k,r] mixed[b,k,i,s],
 //   dA[i,k,l] = sum_bs u[b,k,i,s] x[b,l,s].
@@ -24,18 +42,10 @@ void stream_weight_grad(int64_t batch, const Linear<In>& op, const In* grad, int
     for (int64_t r = 0; r < p; ++r) {
       const In* f = op.F + i * op.F_i + r * op.F_r;
       In* d = dF + (i * p + r) * q;
-      for (int64_t s = 0; s < q; s += kLanes<T>) {
-        const int64_t some = std::min<int64_t>(kLanes<T>, q - s);
-        const Vec<T> w = load_some(f + s, some);
-        Vec<T> total{};
-        for (int64_t m = 0; m < rows; ++m) {
-          const T gm = g.get()[m * p + r];
-          T* um = u.get() + m * q + s;
-          store_some(um, load_some(um, some) + gm * w, some);
-          total += gm * load_some(mixed.get() + m * q + s, some);
-        }
-        store_some(d + s, total, some);
-      }
+      int64_t s = 0;
+      for (; s + kLanes<T> <= q; s += kLanes<T>)
+        stream_vector<true>(rows, f + s, g.get() + r, p, mixed.get() + s, u.get() + s, q, kLanes<T>, d + s);
+      if (s < q) stream_vector<false>(rows, f + s, g.get() + r, p, mixed.get() + s, u.get() + s, q, q - s, d + s);
     }
     for (int64_t k = 0; k < P; ++k) {
       for (int64_t l = 0; l < Q; ++l) {

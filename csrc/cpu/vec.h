@@ -173,8 +173,8 @@ static inline void store(f16* p, Vec<float> v) {
 #endif
 }
 
-// What is shorter than 16 bytes in two words, read and written in pieces of 8, 4 and 2: a vector read from memory that was
-// written in pieces would wait for them.
+// What is shorter than 16 bytes in two words, read and written in pieces of 8, 4 and 2: a vector read from memory that
+// was written in pieces would wait for them.
 typedef uint64_t Words __attribute__((vector_size(16)));
 
 static inline Words load_words(const void* from, int64_t bytes) {
@@ -284,7 +284,7 @@ static inline Vec<T> splat(T value) {
 
 // One step of a transposition: exchanges bit h of the lane with the choice between a and b.
 template <class T, int h>
-static inline void exchange(Vec<T>& a, Vec<T>& b) {
+static inline __attribute__((always_inline)) void exchange(Vec<T>& a, Vec<T>& b) {
   Mask<T> first, second;
   for (int j = 0; j < kLanes<T>; ++j) {
     first[j] = (j & h) ? kLanes<T> + (j ^ h) : j;
