@@ -20,8 +20,11 @@ from functools import lru_cache
 
 
 @dataclass(frozen=True)
-class _Rates:
-    """Nanoseconds an entry, float32 on one core of an instruction set; only their ratios matter."""
+class Rates:
+    """Nanoseconds an entry, float32 on one core of an instruction set; only their ratios matter.
+
+    benchmarks/plan_costs.py fits them to a processor.
+    """
 
     product: float  # a multiplication in a packed product
     stream_product: float  # the same on F as it lies, and
@@ -38,6 +41,7 @@ class _Rates:
     form_transposed: float  # the same with F's columns along p, lines far apart
     mix: float  # one multiplication of the algebra with the input
     copy: float  # an entry of the input packed as it is
+    write: float  # an entry of the output written, whole tiles at a time
     stream_update: float  # a multiplication of both weight gradients, both factors in cache
     stream_algebra: float  # a multiplication of dA's sum
     turn: float  # an entry of F packed for the R products,
@@ -64,15 +68,43 @@ class _Rates:
     bfloat16_stream: float
     bfloat16_stream_lines: float
     bfloat16_pack: float
-    convolution: float  # of torch's, and of what surrounds them: this many times the constants below
-    bfloat16_convolution: float  # a multiplication of torch's in bfloat16, beside one of AVX512_BF16
+    mix_start: float  # what a row of one block and term takes to be mixed however short it is
+    # The weights' gradients by mix, beside their products: an entry of the rows written and read, the calls.
+    mixed_entry: float
+    mixed_calls: float
+    algebra_calls: float  # A formed from U, V and W, and its gradient split into theirs
+    # Convolutions: a call of torch's own, a product of it and the channels that take twice that for each, an entry of H
+    # formed and reordered, an entry of the mixed input written and read.
+    conv_call: float
+    conv_product: float
+    conv_narrow: float
+    conv_form: float
+    conv_mix: float
+    # Of the R convolutions of a factored one: an entry of F-hat formed, an entry read or written by the additions
+    # around them, a call.
+    term_form: float
+    term_add: float
+    term_add_bfloat16: float
+    term_call: float
+    # The same in one kernel.
+    direct_product: float
+    direct_form: float
+    direct_add: float
+    direct_add_bfloat16: float
+    # The gradient of H by torch: a product, an entry of it formed and split, an entry of the images read.
+    conv_grad_product: float
+    conv_grad_form: float
+    conv_grad_read: float
+    conv_split: float  # of the weights' gradients without factors: an entry of H's split
+    turn_image: float  # an entry of an image copied from planes into rows, or back; torch's convolutions do so as well
+    bfloat16_convolution: float  # a multiplication of torch's in bfloat16, beside one in float32
     lanes: int  # of a vector
     least_rows: int  # a register tile takes as long for fewer rows
     stream_rows: int  # of a register tile of stream
 
 
 # Zen 5.
-_AVX512_BF16 = _Rates(
+_AVX512_BF16 = Rates(
     product=0.0107,
     stream_product=0.0132,
     stream_product_in_cache=0.009,
@@ -87,6 +119,7 @@ _AVX512_BF16 = _Rates(
     form_transposed=0.2,
     mix=0.04,
     copy=0.08,
+    write=0.02,
     stream_update=0.1,
     stream_algebra=0.2,
     turn=0.08,
@@ -110,14 +143,35 @@ _AVX512_BF16 = _Rates(
     bfloat16_stream=1.35,
     bfloat16_stream_lines=1.12,
     bfloat16_pack=0.85,
-    convolution=1.0,
+    mix_start=2.675,
+    mixed_entry=0.535,
+    mixed_calls=80250.0,
+    algebra_calls=50000.0,
+    conv_call=40000.0,
+    conv_product=0.0083,
+    conv_narrow=8.0,
+    conv_form=1.0,
+    conv_mix=1.0,
+    term_form=0.8,
+    term_add=0.28,
+    term_add_bfloat16=0.34,
+    term_call=40000.0,
+    direct_product=0.0093,
+    direct_form=0.4,
+    direct_add=0.2,
+    direct_add_bfloat16=0.25,
+    conv_grad_product=0.009,
+    conv_grad_form=5.0,
+    conv_grad_read=0.45,
+    conv_split=0.8,
+    turn_image=0.4,
     bfloat16_convolution=1.0,
     lanes=16,
     least_rows=6,
     stream_rows=4,
 )
 # Zen 3.
-_AVX2 = _Rates(
+_AVX2 = Rates(
     product=0.0335,
     stream_product=0.0502,
     stream_product_in_cache=0.04,
@@ -132,6 +186,7 @@ _AVX2 = _Rates(
     form_transposed=0.72,
     mix=0.0394,
     copy=0.0367,
+    write=0.2,
     stream_update=0.275,
     stream_algebra=0.247,
     turn=0.299,
@@ -155,7 +210,28 @@ _AVX2 = _Rates(
     bfloat16_stream=1.64,
     bfloat16_stream_lines=1.12,
     bfloat16_pack=0.85,
-    convolution=3.1,
+    mix_start=8.375,
+    mixed_entry=1.675,
+    mixed_calls=251250.0,
+    algebra_calls=100000.0,
+    conv_call=100000.0,
+    conv_product=0.02573,
+    conv_narrow=8.0,
+    conv_form=3.1,
+    conv_mix=3.1,
+    term_form=2.48,
+    term_add=0.868,
+    term_add_bfloat16=1.054,
+    term_call=124000.0,
+    direct_product=0.02883,
+    direct_form=1.24,
+    direct_add=0.62,
+    direct_add_bfloat16=0.775,
+    conv_grad_product=0.0279,
+    conv_grad_form=15.5,
+    conv_grad_read=1.395,
+    conv_split=2.48,
+    turn_image=1.24,
     bfloat16_convolution=1.0,
     lanes=8,
     least_rows=3,
@@ -165,7 +241,7 @@ BEST_ISA = "avx512_bf16"
 # By instruction set of the compiled kernels; of three of them nothing was measured. A cycle of AMX has 512 products of
 # bfloat16 for the 32 of AVX512_BF16: three fifths of that are assumed here, a third in torch's convolutions. Without
 # an instruction of its own bfloat16 is multiplied as float32.
-_RATES = {
+RATES = {
     "amx_bf16": replace(_AVX512_BF16, bfloat16_product=0.055, bfloat16_convolution=0.2, least_rows=8),
     BEST_ISA: _AVX512_BF16,
     "avx512": replace(_AVX512_BF16, bfloat16_product=1.0, bfloat16_pack=1.0),
@@ -178,43 +254,18 @@ _STREAM_CACHED_ENTRIES = 1 << 17
 # One core's share of L3: weights of more bytes come from memory.
 NEAR_BYTES = 8 << 20
 _NEARLY_FAR_BYTES = 6 << 20
-# What a row of one block and term takes to be mixed however short it is, in products.
-_MIX_START = 250.0
-# Vectors of columns in a tile of stream where these lie along p.
+# Vectors of columns in a tile, and in one of stream where these lie along p.
+_TILE_VECTORS = 2
 _STREAM_VECTORS = 4
 # Stream keeps its mixed rows in L2; their number is not bounded otherwise.
 _STREAM_ENTRIES = 1 << 18
-# The weights' gradients by mix, beside their products and in these: an entry of the rows written and read, the calls.
-_MIXED_ENTRY = 50.0
-_MIXED_CALLS = 7.5e6
-# Convolutions: torch's own rate, an entry of H formed and reordered, an entry of the mixed input written and read.
-_CONV_PRODUCT = 0.0083
-_CONV_FORM = 1.0
-_CONV_MIX = 1.0
-# Of the R convolutions of a factored one: an entry of F-hat formed, an entry read or written by the additions around
-# them (bfloat16: beside twice the rate of products), a call.
-_TERM_FORM = 0.8
-_TERM_ADD = 0.28
-_TERM_ADD_BFLOAT16 = 0.34
-_TERM_CALL = 40000.0
-# The same in one kernel, whose register tiles lie along a row of the result: fewer pixels leave units idle.
-_DIRECT_PRODUCT = 0.0093
+# A register tile of the direct kernel lies along a row of the result: fewer pixels leave units idle.
 _DIRECT_PIXELS = 4.7
-_DIRECT_FORM = 0.4
-_DIRECT_ADD = 0.2
-_DIRECT_ADD_BFLOAT16 = 0.25
 # A pixel of its mixed input takes 16, 32, 64 or 128 lanes, and so must what lies between two neighbouring outputs.
 _DIRECT_STRIDES = (1, 2, 4)
 _DIRECT_LANES = 128
 _CONV_WEIGHT_GRAD = 1.3  # a weight gradient of few channels, relative to the convolution itself
-# The gradient of H by torch: a product, an entry of it formed and split, an entry of the images read.
-_CONV_GRAD_PRODUCT = 0.009
-_CONV_GRAD_FORM = 5.0
-_CONV_GRAD_READ = 0.45
-# The weights' gradients without factors: an entry of H's split, and passes over the mixed input at the cost of mixing.
-_CONV_SPLIT = 0.8
-_CONV_MIXED_PASSES = 2.5
-_TURN_IMAGE = 0.4  # an entry of an image copied from planes into rows, or back; torch's convolutions do so as well
+_CONV_MIXED_PASSES = 2.5  # over the mixed input by the weights' gradients of a convolution, at the cost of mixing
 
 
 class Plan(enum.IntEnum):
@@ -240,20 +291,28 @@ def _bytes(n: int, p: int, q: int, bfloat16: bool) -> int:
     return n * p * q * (2 if bfloat16 else 4)
 
 
-def _linear_costs(
-    rows: int, n: int, P: int, Q: int, p: int, q: int, contiguous: bool, bfloat16: bool, isa: str
+def _cheapest(costs: dict[Plan, float]) -> Plan:
+    return min(costs, key=costs.__getitem__)
+
+
+def phm_linear_costs(
+    rows: int, n: int, P: int, Q: int, p: int, q: int, contiguous: bool, bfloat16: bool, rates: Rates
 ) -> dict[Plan, float]:
-    rates, lanes = _RATES[isa], _RATES[isa].lanes
+    """Nanoseconds of each plan that serves the call; see phm_linear."""
+    lanes = rates.lanes
     product = rates.product * (rates.bfloat16_product if bfloat16 else 1)
     in_cache, size = n * p * q <= _STREAM_CACHED_ENTRIES, _bytes(n, p, q, bfloat16)
     wide_q = _padded(q, lanes)
     terms = n * p * wide_q
     blocks = rows * P
-    mixing = blocks * n * (wide_q * Q * rates.mix + _MIX_START * rates.product)
+    mixing = blocks * n * (wide_q * Q * rates.mix + rates.mix_start)
+    tile = _TILE_VECTORS * lanes
     cost = {
-        Plan.MIX: terms * rates.pack + blocks * n * q * _padded(p, lanes) * product + mixing,
+        Plan.MIX: terms * rates.pack
+        + blocks * (n * q * _padded(p, lanes) * product + _padded(p, tile) * rates.write)
+        + mixing,
         Plan.PANEL: P * Q * terms * (rates.form if contiguous else rates.form_transposed)
-        + rows * Q * (q * _padded(P * p, lanes) * product + wide_q * rates.copy),
+        + rows * (Q * (q * _padded(P * p, lanes) * product + wide_q * rates.copy) + _padded(P * p, tile) * rates.write),
     }
     if not (contiguous or bfloat16) and size >= NEAR_BYTES:
         cost[Plan.MIX] += terms * rates.lines_far
@@ -282,8 +341,7 @@ def phm_linear(
 
     ``isa``, here and below, is the instruction set of the compiled kernels.
     """
-    cost = _linear_costs(rows, n, P, Q, p, q, contiguous, bfloat16, isa)
-    return min(cost, key=cost.__getitem__)
+    return _cheapest(phm_linear_costs(rows, n, P, Q, p, q, contiguous, bfloat16, RATES[isa]))
 
 
 def mixes_input(P: int, Q: int, p: int, q: int) -> bool:
@@ -291,14 +349,14 @@ def mixes_input(P: int, Q: int, p: int, q: int) -> bool:
     return P * q * (Q + p) <= Q * p * (P + q)
 
 
-def _weight_grad_panel_cost(rows: int, n: int, P: int, Q: int, p: int, q: int, rates: _Rates) -> float:
+def _weight_grad_panel_cost(rows: int, n: int, P: int, Q: int, p: int, q: int, rates: Rates) -> float:
     entries = P * p * Q * _padded(q, rates.lanes)
     cost = entries * (rates.split + n * rates.split_term + rows * rates.product)
     return cost + rows * (P * p + Q * q) * rates.turn_row
 
 
-def _weight_grad_costs(rows: int, n: int, P: int, Q: int, p: int, q: int, isa: str) -> dict[Plan, float]:
-    rates = _RATES[isa]
+def phm_linear_weight_grad_costs(rows: int, n: int, P: int, Q: int, p: int, q: int, rates: Rates) -> dict[Plan, float]:
+    """Nanoseconds of each plan that serves the call; see phm_linear_weight_grad."""
     wide_q = _padded(q, rates.lanes)
     cost = {Plan.PANEL: _weight_grad_panel_cost(rows, n, P, Q, p, q, rates)}
     if rows * P * (2 * q + p) <= _STREAM_ENTRIES:
@@ -308,24 +366,23 @@ def _weight_grad_costs(rows: int, n: int, P: int, Q: int, p: int, q: int, isa: s
     mixed = rows * P
     cost[Plan.MIX] = mixed * n * Q * (_padded(q, rates.lanes) * rates.mix + q * rates.product)
     cost[Plan.MIX] += _weight_grad_panel_cost(mixed, n, 1, n, p, q, rates)
-    cost[Plan.MIX] += min(_linear_costs(mixed, n, n, 1, q, p, False, False, isa).values())
-    cost[Plan.MIX] += (mixed * (n * (q + Q) + p) * _MIXED_ENTRY + _MIXED_CALLS) * rates.product
+    cost[Plan.MIX] += min(phm_linear_costs(mixed, n, n, 1, q, p, False, False, rates).values())
+    cost[Plan.MIX] += mixed * (n * (q + Q) + p) * rates.mixed_entry + rates.mixed_calls
     return cost
 
 
 @lru_cache(maxsize=4096)
 def phm_linear_weight_grad(rows: int, n: int, P: int, Q: int, p: int, q: int, isa: str = BEST_ISA) -> Plan:
     """STREAM (F read and dF written once, term by term), MIX (mixed rows) or PANEL (dL/dH in cache-sized panels)."""
-    cost = _weight_grad_costs(rows, n, P, Q, p, q, isa)
-    return min(cost, key=cost.__getitem__)
+    return _cheapest(phm_linear_weight_grad_costs(rows, n, P, Q, p, q, RATES[isa]))
 
 
-def _products(rows: int, p: int, q: int, R: int, bfloat16: bool, rates: _Rates) -> float:
+def _products(rows: int, p: int, q: int, R: int, bfloat16: bool, rates: Rates) -> float:
     product = rates.product * (rates.bfloat16_product if bfloat16 else 1)
     return R * max(rows, rates.least_rows) * q * _padded(p, rates.lanes) * product
 
 
-def _linear_factored_costs(
+def phm_linear_factored_costs(
     rows: int,
     n: int,
     P: int,
@@ -336,9 +393,9 @@ def _linear_factored_costs(
     contiguous: bool,
     combines: bool,
     bfloat16: bool,
-    isa: str,
+    rates: Rates,
 ) -> dict[Plan, float]:
-    rates = _RATES[isa]
+    """Nanoseconds of each plan that serves the call; see phm_linear_factored."""
     wide_q = _padded(q, rates.lanes)
     entries = p * wide_q
     if combines and not contiguous and n in LINE_TERMS:
@@ -354,7 +411,7 @@ def _linear_factored_costs(
     elif not bfloat16 and not contiguous and size >= _NEARLY_FAR_BYTES:
         packing += n * entries * (rates.lines_nearly_far if size < NEAR_BYTES else rates.lines_far)
     additions = rows * R * (wide_q * Q + _padded(p, rates.lanes) * P) * rates.add
-    cost = _linear_costs(rows, n, P, Q, p, q, contiguous, bfloat16, isa)
+    cost = phm_linear_costs(rows, n, P, Q, p, q, contiguous, bfloat16, rates)
     cost[Plan.RANK] = packing + _products(rows, p, q, R, bfloat16, rates) + additions
     return cost
 
@@ -377,22 +434,22 @@ def phm_linear_factored(
 
     RANK, or a plan of phm_linear for A = sum_r U_r (x) V_r (x) W_r.
     """
-    cost = _linear_factored_costs(rows, n, P, Q, p, q, R, contiguous, combines, bfloat16, isa)
-    return min(cost, key=cost.__getitem__)
+    return _cheapest(phm_linear_factored_costs(rows, n, P, Q, p, q, R, contiguous, combines, bfloat16, RATES[isa]))
 
 
-def _linear_factored_grad_costs(
-    rows: int, n: int, P: int, Q: int, p: int, q: int, R: int, bfloat16: bool, isa: str
+def phm_linear_factored_grad_costs(
+    rows: int, n: int, P: int, Q: int, p: int, q: int, R: int, bfloat16: bool, rates: Rates
 ) -> dict[Plan, float]:
-    rates, lanes = _RATES[isa], _RATES[isa].lanes
+    """Nanoseconds of each plan that serves the call; see phm_linear_factored_grad."""
+    lanes = rates.lanes
     entries = R * p * _padded(q, lanes)
     rank = entries * (rates.rank_split + 2 * rates.combine + n * (rates.rank_split_term + 2 * rates.combine_term))
     # F-hat x-hat for dV, its transpose for dx and dW, the outer products for dU and dF; x and grad are mixed for each.
     rank += 3 * _products(rows, p, q, R, bfloat16, rates)
     rank += 3 * rows * R * (_padded(q, lanes) * Q + _padded(p, lanes) * P) * rates.add_grad
-    of_weights = _weight_grad_costs(rows, n, P, Q, p, q, isa)
-    of_input = min(_linear_factored_costs(rows, n, Q, P, q, p, R, False, True, bfloat16, isa).values())
-    cost = {plan: of_plan + of_input for plan, of_plan in of_weights.items()}
+    of_weights = phm_linear_weight_grad_costs(rows, n, P, Q, p, q, rates)
+    of_input = min(phm_linear_factored_costs(rows, n, Q, P, q, p, R, False, True, bfloat16, rates).values())
+    cost = {plan: of_plan + of_input + rates.algebra_calls for plan, of_plan in of_weights.items()}
     cost[Plan.RANK] = rank
     return cost
 
@@ -405,26 +462,47 @@ def phm_linear_factored_grad(
 
     Without RANK dU, dV and dW follow from the gradient of A = sum_r U_r (x) V_r (x) W_r.
     """
-    cost = _linear_factored_grad_costs(rows, n, P, Q, p, q, R, bfloat16, isa)
-    return min(cost, key=cost.__getitem__)
+    return _cheapest(phm_linear_factored_grad_costs(rows, n, P, Q, p, q, R, bfloat16, RATES[isa]))
 
 
-def _conv_product(bfloat16: bool, isa: str) -> float:
-    return _CONV_PRODUCT * (_RATES[isa].bfloat16_convolution if bfloat16 else 1)
+def _conv_product(bfloat16: bool, rates: Rates) -> float:
+    return rates.conv_product * (rates.bfloat16_convolution if bfloat16 else 1)
 
 
-def _conv_grad_product(bfloat16: bool, isa: str) -> float:
-    return _CONV_GRAD_PRODUCT * _conv_product(bfloat16, isa) / _CONV_PRODUCT
+def _conv_grad_product(bfloat16: bool, rates: Rates) -> float:
+    return rates.conv_grad_product * (rates.bfloat16_convolution if bfloat16 else 1)
 
 
-def _conv_costs(
-    pixels: int, outputs: int, n: int, P: int, Q: int, p: int, q: int, taps: int, bfloat16: bool, isa: str
+def _narrow(p: int, q: int, rates: Rates) -> float:
+    """What a multiplication of a convolution of q to p channels costs, relative to one of many channels."""
+    return 1 + rates.conv_narrow / min(p, q)
+
+
+def phc_conv_costs(
+    pixels: int,
+    outputs: int,
+    n: int,
+    P: int,
+    Q: int,
+    p: int,
+    q: int,
+    taps: int,
+    bfloat16: bool,
+    pointwise: tuple[bool, int] | None,
+    rates: Rates,
 ) -> dict[Plan, float]:
-    product = _conv_product(bfloat16, isa)
-    return {
-        Plan.MIX: pixels * P * n * q * _CONV_MIX + outputs * P * p * n * q * taps * product,
-        Plan.PANEL: P * p * Q * q * taps * (_CONV_FORM + outputs * product),
+    """Nanoseconds of each plan that serves the call; see phc_conv."""
+    contiguous, copied = pointwise or (False, 0)
+    product = outputs * taps * _conv_product(bfloat16, rates)
+    mixed = P * p * n * q * product * _narrow(p, n * q, rates)
+    formed = P * p * Q * q * (taps * rates.conv_form + product * _narrow(P * p, Q * q, rates))
+    cost = {
+        Plan.MIX: rates.conv_call + pixels * P * n * q * rates.conv_mix + mixed,
+        Plan.PANEL: rates.conv_call + formed,
     }
+    if pointwise:
+        cost[Plan.POINTWISE] = min(phm_linear_costs(outputs, n, P, Q, p, q, contiguous, bfloat16, rates).values())
+    return {plan: of_plan + copied * rates.turn_image for plan, of_plan in cost.items()}
 
 
 @lru_cache(maxsize=4096)
@@ -446,13 +524,19 @@ def phc_conv(
     ``pointwise``, of a kernel of one position without padding: whether F is contiguous along q, and the entries of the
     images that are copied between planes and rows.
     """
-    costs = _conv_costs(pixels, outputs, n, P, Q, p, q, taps, bfloat16, isa)
-    if pointwise:
-        contiguous, copied = pointwise
-        linear = _linear_costs(outputs, n, P, Q, p, q, contiguous, bfloat16, isa)
-        costs[Plan.POINTWISE] = min(linear.values()) / _RATES[isa].convolution
-        costs = {plan: cost + copied * _TURN_IMAGE for plan, cost in costs.items()}
-    return min(costs, key=costs.__getitem__)
+    return _cheapest(phc_conv_costs(pixels, outputs, n, P, Q, p, q, taps, bfloat16, pointwise, RATES[isa]))
+
+
+def phc_conv_weight_grad_costs(
+    pixels: int, outputs: int, n: int, P: int, Q: int, p: int, q: int, taps: int, bfloat16: bool, rates: Rates
+) -> dict[Plan, float]:
+    """Nanoseconds of each plan that serves the call; see phc_conv_weight_grad."""
+    product = _conv_grad_product(bfloat16, rates)
+    mixed = pixels * P * n * q * rates.conv_mix * _CONV_MIXED_PASSES
+    return {
+        Plan.PANEL: rates.conv_call + P * p * Q * q * taps * (rates.conv_split + outputs * product),
+        Plan.MIX: 2 * rates.conv_call + mixed + 2 * outputs * P * p * n * q * taps * product * _narrow(p, n * q, rates),
+    }
 
 
 @lru_cache(maxsize=4096)
@@ -469,16 +553,7 @@ def phc_conv_weight_grad(
     isa: str = BEST_ISA,
 ) -> Plan:
     """PANEL (that of H, split) or MIX (those of a convolution of the mixed input); see phc_conv."""
-    product = _conv_grad_product(bfloat16, isa)
-    panel = P * p * Q * q * taps * (_CONV_SPLIT + outputs * product)
-    mixed = pixels * P * n * q * _CONV_MIX * _CONV_MIXED_PASSES
-    mixed += 2 * outputs * P * p * n * q * taps * product * _narrow(p, n * q)
-    return Plan.MIX if mixed < panel else Plan.PANEL
-
-
-def _narrow(p: int, q: int) -> float:
-    """What a multiplication of a convolution of q to p channels costs, relative to one of many channels."""
-    return 1 + 8 / min(p, q)
+    return _cheapest(phc_conv_weight_grad_costs(pixels, outputs, n, P, Q, p, q, taps, bfloat16, RATES[isa]))
 
 
 def fits_direct(dims: int, stride: int, q: int) -> bool:
@@ -486,7 +561,7 @@ def fits_direct(dims: int, stride: int, q: int) -> bool:
     return dims < 3 and stride in _DIRECT_STRIDES and q * stride <= _DIRECT_LANES
 
 
-def _conv_factored_costs(
+def phc_conv_factored_costs(
     pixels: int,
     outputs: int,
     n: int,
@@ -499,25 +574,26 @@ def _conv_factored_costs(
     bfloat16: bool,
     row: tuple[int, int] | None,
     pointwise: tuple[bool, int] | None,
-    isa: str,
+    rates: Rates,
 ) -> dict[Plan, float]:
+    """Nanoseconds of each plan that serves the call; see phc_conv_factored."""
     product, weights = outputs * p * q * taps, p * q * taps
     added = (R + Q) * pixels * q + (R + P) * outputs * p
-    cost = {Plan.RANK: R * (product * _conv_product(bfloat16, isa) * _narrow(p, q) + weights * _TERM_FORM + _TERM_CALL)}
-    cost[Plan.RANK] += added * (_TERM_ADD_BFLOAT16 if bfloat16 else _TERM_ADD)
+    convolved = product * _conv_product(bfloat16, rates) * _narrow(p, q, rates)
+    of_term = convolved + weights * rates.term_form + rates.term_call
+    cost = {Plan.RANK: R * of_term + added * (rates.term_add_bfloat16 if bfloat16 else rates.term_add)}
     stride, width = row or (0, 1)
     if fits_direct(2, stride, q):
         idle = max(1.0, _DIRECT_PIXELS / width)
-        cost[Plan.DIRECT] = R * (
-            outputs * _padded(p, _RATES[isa].lanes) * q * taps * idle * _DIRECT_PRODUCT + weights * _DIRECT_FORM
-        )
-        cost[Plan.DIRECT] += added * (_DIRECT_ADD_BFLOAT16 if bfloat16 else _DIRECT_ADD)
-    dense = _conv_costs(pixels, outputs, n, P, Q, p, q, taps, bfloat16, isa)
+        of_term = outputs * _padded(p, rates.lanes) * q * taps * idle * rates.direct_product
+        cost[Plan.DIRECT] = R * (of_term + weights * rates.direct_form)
+        cost[Plan.DIRECT] += added * (rates.direct_add_bfloat16 if bfloat16 else rates.direct_add)
     contiguous, copied = pointwise or (False, 0)
-    cost |= {plan: of_plan * _narrow(P * p, Q * q) + copied * _TURN_IMAGE for plan, of_plan in dense.items()}
+    dense = phc_conv_costs(pixels, outputs, n, P, Q, p, q, taps, bfloat16, None, rates)
+    cost |= {plan: of_plan + copied * rates.turn_image for plan, of_plan in dense.items()}
     if pointwise:
-        linear = _linear_factored_costs(outputs, n, P, Q, p, q, R, contiguous, True, bfloat16, isa)
-        cost[Plan.POINTWISE] = min(linear.values()) / _RATES[isa].convolution + copied * _TURN_IMAGE
+        linear = phm_linear_factored_costs(outputs, n, P, Q, p, q, R, contiguous, True, bfloat16, rates)
+        cost[Plan.POINTWISE] = min(linear.values()) + copied * rates.turn_image
     return cost
 
 
@@ -542,8 +618,43 @@ def phc_conv_factored(
     ``row``: stride along the last dimension and size of the result there, or None where the direct kernel does not
     serve: in three dimensions, and for the input's gradient of a stride.
     """
-    cost = _conv_factored_costs(pixels, outputs, n, P, Q, p, q, taps, R, bfloat16, row, pointwise, isa)
-    return min(cost, key=cost.__getitem__)
+    sizes = (pixels, outputs, n, P, Q, p, q, taps, R, bfloat16, row, pointwise)
+    return _cheapest(phc_conv_factored_costs(*sizes, RATES[isa]))
+
+
+def phc_conv_factored_grad_costs(
+    pixels: int,
+    outputs: int,
+    n: int,
+    P: int,
+    Q: int,
+    p: int,
+    q: int,
+    taps: int,
+    R: int,
+    bfloat16: bool,
+    row: tuple[int, int] | None,
+    pointwise: tuple[bool, int] | None,
+    rates: Rates,
+) -> dict[Plan, float]:
+    """Nanoseconds of each plan that serves the call; see phc_conv_factored_grad."""
+    of_input = phc_conv_factored_costs(outputs, outputs, n, Q, P, q, p, taps, R, bfloat16, row, pointwise, rates)
+    of_weights = P * p * Q * q * taps * (rates.conv_grad_form + outputs * _conv_grad_product(bfloat16, rates))
+    of_weights += (pixels * Q * q + outputs * P * p) * rates.conv_grad_read
+    cost = {Plan.PANEL: min(of_input.values()) + of_weights + rates.conv_call + rates.algebra_calls}
+    if pointwise:
+        # R convolutions of one position by torch are never faster. The input is copied as well.
+        copied = pointwise[1] + outputs * Q * q if pointwise[1] else 0
+        linear = phm_linear_factored_grad_costs(outputs, n, P, Q, p, q, R, bfloat16, rates)
+        cost[Plan.POINTWISE] = min(linear.values()) + copied * rates.turn_image
+    else:
+        add = rates.term_add_bfloat16 if bfloat16 else rates.term_add
+        product = outputs * p * q * taps * _conv_product(bfloat16, rates) * _narrow(p, q, rates)
+        # Before the convolutions, and for dV and dW; for dx.
+        additions = 2 * (R + Q) * pixels * q * add + 2 * (R + P) * outputs * p * add + (R + Q) * pixels * q * add
+        products = (2 + _CONV_WEIGHT_GRAD) * product + 3 * p * q * taps * rates.term_form + 3 * rates.term_call
+        cost[Plan.RANK] = R * products + additions
+    return cost
 
 
 @lru_cache(maxsize=4096)
@@ -566,20 +677,5 @@ def phc_conv_factored_grad(
 
     By PANEL the input's gradient has a plan of its own; ``row`` and ``pointwise`` are those of that plan.
     """
-    of_input = _conv_factored_costs(outputs, outputs, n, Q, P, q, p, taps, R, bfloat16, row, pointwise, isa)
-    of_weights = P * p * Q * q * taps * (_CONV_GRAD_FORM + outputs * _conv_grad_product(bfloat16, isa))
-    of_weights += (pixels * Q * q + outputs * P * p) * _CONV_GRAD_READ
-    cost = {Plan.PANEL: min(of_input.values()) + of_weights}
-    if pointwise:
-        # R convolutions of one position by torch are never faster. The input is copied as well.
-        copied = pointwise[1] + outputs * Q * q if pointwise[1] else 0
-        linear = _linear_factored_grad_costs(outputs, n, P, Q, p, q, R, bfloat16, isa)
-        cost[Plan.POINTWISE] = min(linear.values()) / _RATES[isa].convolution + copied * _TURN_IMAGE
-    else:
-        add = _TERM_ADD_BFLOAT16 if bfloat16 else _TERM_ADD
-        product = outputs * p * q * taps * _conv_product(bfloat16, isa) * _narrow(p, q)
-        # Before the convolutions, and for dV and dW; for dx.
-        additions = 2 * (R + Q) * pixels * q * add + 2 * (R + P) * outputs * p * add + (R + Q) * pixels * q * add
-        products = (2 + _CONV_WEIGHT_GRAD) * product + 3 * p * q * taps * _TERM_FORM + 3 * _TERM_CALL
-        cost[Plan.RANK] = R * products + additions
-    return min(cost, key=cost.__getitem__)
+    sizes = (pixels, outputs, n, P, Q, p, q, taps, R, bfloat16, row, pointwise)
+    return _cheapest(phc_conv_factored_grad_costs(*sizes, RATES[isa]))

@@ -45,8 +45,9 @@ def test_one_term_of_many_blocks_is_mixed(sizes, isa):
 @pytest.mark.parametrize("sizes", ((8, 8, 512, 512), (64, 48, 172, 16), (3, 40, 2, 9), (40, 3, 9, 2)))
 def test_weight_gradients_by_mixing_cost_the_same_transposed(sizes):
     P, Q, p, q = sizes
-    cost = plans._weight_grad_costs(64, 1, P, Q, p, q, plans.BEST_ISA)[Plan.MIX]
-    assert plans._weight_grad_costs(64, 1, Q, P, q, p, plans.BEST_ISA)[Plan.MIX] == cost
+    rates = plans.RATES[plans.BEST_ISA]
+    cost = plans.phm_linear_weight_grad_costs(64, 1, P, Q, p, q, rates)[Plan.MIX]
+    assert plans.phm_linear_weight_grad_costs(64, 1, Q, P, q, p, rates)[Plan.MIX] == cost
 
 
 @pytest.mark.parametrize("isa", ("avx2", "avx512_bf16"))
