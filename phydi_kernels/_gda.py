@@ -18,7 +18,7 @@ from .ops._autograd import autocast_enabled, without_autocast
 from .ops.eigh_small import eigh_small
 from .ops.gda_solve import gda_apply, gda_factor, symmetric_times
 from .ops.kernel_matrix import kernel_matrix as _kernel_matrix
-from .reference import class_structure
+from .reference import class_structure, middle
 
 KERNELS = ("linear", "poly", "rbf", "laplacian", "sigmoid", "cosine", "matern", "chi2")
 _WITH_LENGTHSCALE = ("rbf", "laplacian", "matern")
@@ -175,7 +175,7 @@ def kernel_matrix(
             )
         if X.numel() > 0:
             # Rounded at the size of the data and not of its offset.
-            center = X.detach().flatten(0, -2).mean(0)
+            center = middle((X if Y is None else Y).flatten(0, -2))
             X, Y = X - center, None if Y is None else Y - center
         X, Y = X / scale, None if Y is None else Y / scale
         gamma = 1.0 if kernel == "laplacian" else 0.5

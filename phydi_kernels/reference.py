@@ -233,9 +233,24 @@ def phc_conv_factored_grad(
     return _like(arguments, dx, *split_structure_grad(dA, U, V, W), dF)
 
 
+def middle(points: Tensor) -> Tensor:
+    """In each feature the median (..., 1, d) of at most nine points (..., N, d), of what is finite.
+
+    Distances are rounded at the size of the points less this: a point far off does not cost the others their digits.
+    """
+    N = points.shape[-2]
+    if N == 0:
+        return points.new_zeros((*points.shape[:-2], 1, points.shape[-1]))
+    some = points.detach().index_select(-2, torch.arange(9, device=points.device) * N // 9)
+    finite = some.isfinite()
+    ordered = torch.where(finite, some, torch.inf).sort(dim=-2).values
+    median = ordered.gather(-2, (finite.sum(-2, keepdim=True) - 1).clamp_min(0) // 2)
+    return torch.where(median.isfinite(), median, 0)
+
+
 def squared_distance(X: Tensor, Y: Tensor | None) -> Tensor:
     """|x_i - y_j|^2 (..., N, M), by products of the centred points; 0 on the diagonal where Y is None."""
-    center = X.mean(-2, keepdim=True)
+    center = middle(X if Y is None else Y)
     X = X - center
     Z = X if Y is None else Y - center
     lengths = (X * X).sum(-1).unsqueeze(-1) + (Z * Z).sum(-1).unsqueeze(-2)

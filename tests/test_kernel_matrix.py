@@ -328,6 +328,27 @@ def test_nan_in_a_point_reaches_its_row(case, d, implementation):
     K = case(X, **parameters)
     others = [0, 1, 3, 4]
     assert K[2, others].isnan().all() and K[others, 2].isnan().all()
+    assert K[others][:, others].isfinite().all()
+
+
+@pytest.mark.parametrize("value", (math.nan, math.inf, 1e6))
+@pytest.mark.parametrize("d", (3, 8, 40))
+def test_a_stray_point_costs_the_others_no_digits(d, value, implementation):
+    """Against differences in float64 of the same float32 points, and their gradients against those without it."""
+    X, Y = (normal((n, d), n).float() for n in (60, 30))
+    X[7, 1] = value
+    others = torch.arange(60) != 7
+    for other, columns in ((None, others), (Y, torch.ones(30, dtype=torch.bool))):
+        distances = cdist(X[others].double(), (X[others] if other is None else Y).double(), "sqeuclidean")
+        for parameter in ({"gamma": 1 / d}, {"lengthscale": torch.full((d,), math.sqrt(d / 2))}):
+            K = kernel_matrix(X, other, kernel="rbf", **parameter)[others][:, columns]
+            assert float((K.double() - (-torch.from_numpy(distances) / d).exp()).abs().max()) <= 1e-6, parameter
+    leaf = X.clone().requires_grad_()
+    for parameter in ({"gamma": 1 / d}, {"lengthscale": torch.full((d,), math.sqrt(d / 2))}):
+        (grad,) = torch.autograd.grad(kernel_matrix(leaf, Y, kernel="rbf", **parameter)[others].sum(), leaf)
+        rest = X[others].requires_grad_()
+        (expected,) = torch.autograd.grad(kernel_matrix(rest, Y, kernel="rbf", **parameter).sum(), rest)
+        assert float((grad[others] - expected).norm() / expected.norm()) < 1e-6, parameter
 
 
 def test_cosine_of_a_zero_vector_is_zero():

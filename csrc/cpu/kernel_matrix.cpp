@@ -72,7 +72,7 @@ struct KernelMatrix {
       const auto origin = [&](int64_t p) { return expand ? center.get() + p * d : nullptr; };
       if (expand) {
         parallel(threads, some, [&](int64_t p) {
-          mean(points(p), center.get() + p * d);
+          middle(others(p), M, center.get() + p * d);
           squared_lengths(points(p), N, origin(p), x_lengths.get() + p * N);
           squared_lengths(others(p), M, origin(p), y_lengths.get() + p * M);
         });
@@ -97,12 +97,22 @@ struct KernelMatrix {
     return o ? v - load_some(o + f, n) : v;
   }
 
-  // Of what is finite: a NaN must not reach the other points.
-  void mean(const T* x, T* out_mean) const {
-    std::vector<double> total(d);
-    for (int64_t i = 0; i < N; ++i)
-      for (int64_t f = 0; f < d; ++f) total[f] += std::isfinite(x[i * d + f]) ? x[i * d + f] : T(0);
-    for (int64_t f = 0; f < d; ++f) out_mean[f] = T(total[f] / double(N));
+  // The medians of at most nine points in each feature, of what is finite: an outlier or a NaN must not cost the other
+  // points their digits, nor a row of X those of the other rows.
+  void middle(const T* y, int64_t count, T* medians) const {
+    constexpr int64_t some = 9;
+    for (int64_t f = 0; f < d; ++f) {
+      T values[some];
+      int64_t finite = 0;
+      for (int64_t j = 0; count > 0 && j < some; ++j) {
+        const T value = y[j * count / some * d + f];
+        if (!std::isfinite(value)) continue;
+        int64_t at = finite++;
+        for (; at > 0 && values[at - 1] > value; --at) values[at] = values[at - 1];
+        values[at] = value;
+      }
+      medians[f] = finite > 0 ? values[(finite - 1) / 2] : T(0);
+    }
   }
 
   void squared_lengths(const T* x, int64_t count, const T* o, T* lengths) const {

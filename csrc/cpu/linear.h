@@ -125,8 +125,8 @@ struct Linear {
               for (int64_t c = 0; c < width;) {
                 const int64_t r = (column + c) % p;
                 const int64_t run = std::min(width - c, p - r);
-                combine(F + first_term * F_i + r + (lane * per + h) * F_s, F_i, weight(column + c), P * Q, terms,
-                        line[h] + c, run);
+                combine_vectors<1>(F + first_term * F_i + r + (lane * per + h) * F_s, F_i, weight(column + c), P * Q,
+                                   terms, line[h] + c, run);
                 c += run;
               }
             }

@@ -86,7 +86,7 @@ def _pairwise_grad(pairwise: str, W: Tensor, X: Tensor, Y: Tensor) -> Tensor:
     if pairwise == "dot":
         return W @ Y
     if pairwise == "squared_distance":
-        center = X.mean(-2, keepdim=True).detach()
+        center = reference.middle(Y)
         return 2 * (W.sum(-1, keepdim=True) * (X - center) - W @ (Y - center))
     columns = []
     for f in range(X.shape[-1]):
