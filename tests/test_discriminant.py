@@ -348,6 +348,35 @@ def test_a_weight_is_a_number_of_repetitions(estimator):
         )
 
 
+@pytest.mark.parametrize("value", (1e10, 1e14, 1e20))
+def test_a_sample_of_weight_0_costs_no_digits_wherever_it_lies(value):
+    X, y = load_iris(return_X_y=True)
+    stray, weights = X.copy(), np.ones(len(X))
+    stray[0], weights[0] = value, 0
+    fitted = LinearDiscriminantAnalysis().fit(stray, y, sample_weight=weights)
+    expected = LinearDiscriminantAnalysis().fit(X[1:], y[1:])
+    np.testing.assert_allclose(fitted.coefficients_, expected.coefficients_, rtol=1e-9)
+    np.testing.assert_allclose(fitted.covariance_, expected.covariance_, rtol=1e-9, atol=1e-12)
+
+
+def test_classes_are_counted_in_blocks(monkeypatch):
+    X, y = load_wine(return_X_y=True)
+    whole = LinearDiscriminantAnalysis().fit(X, y)
+    monkeypatch.setattr("phydi_kernels.discriminant._gaussian._ENTRIES", 21)
+    blocks = LinearDiscriminantAnalysis().fit(X, y)
+    np.testing.assert_allclose(blocks.means_, whole.means_, rtol=1e-12)
+    np.testing.assert_allclose(blocks.covariance_, whole.covariance_, rtol=1e-12)
+
+
+def test_search_does_not_mind_the_default_device():
+    X, y = load_iris(return_X_y=True)
+    options = {"gammas": [0.1, 1.0], "cv": 3}
+    expected = KernelDiscriminantAnalysisCV(**options).fit(X, y)
+    with torch.device("meta"):
+        found = KernelDiscriminantAnalysisCV(**options).fit(X, y)
+    assert found.best_params_ == expected.best_params_
+
+
 @pytest.mark.parametrize("estimator", ESTIMATORS[:2])
 def test_a_class_of_weight_0_is_no_class(estimator):
     X, y = draw((12, 10, 8))

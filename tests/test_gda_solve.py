@@ -677,6 +677,16 @@ def test_rules_of_tau_on_a_larger_problem():
     assert float(gda_solve(K, y, tau="one_norm", c_allow=1e6).tau) == pytest.approx(one_norm / 1e6, rel=1e-11)
 
 
+@pytest.mark.parametrize("tau", (None, "one_norm"))
+def test_rules_of_tau_take_a_weight_for_a_number_of_repetitions(tau):
+    y = np.arange(300) % 5
+    K, repeats = kernel_of(y, 0.05), 1 + np.arange(300) * 7 % 11
+    index = torch.from_numpy(np.repeat(np.arange(300), repeats))
+    expected = gda_solve(K[index][:, index], y[index], tau=tau, c_allow=1e6).tau
+    found = gda_solve(K, y, tau=tau, c_allow=1e6, sample_weight=torch.from_numpy(repeats).double()).tau
+    assert float(found) == pytest.approx(float(expected), rel=1e-9)
+
+
 @pytest.mark.parametrize("given", (0.0, 1e-40), ids=("zero", "tiny"))
 @pytest.mark.parametrize("count", (1, 3))
 def test_a_failed_factorisation_raises_tau(given, count, implementation):

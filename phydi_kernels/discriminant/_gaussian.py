@@ -8,16 +8,25 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# Of the matrix of samples and classes that is formed at a time.
+_ENTRIES = 1 << 21
+
 
 def class_statistics(scores: Tensor, codes: Tensor, classes: int, weights: Tensor) -> tuple[Tensor, Tensor]:
     """Means of the classes (..., L, l) and their pooled covariance (..., l, l), by maximum likelihood.
 
     scores (..., N, l); codes (N,) in 0 ... L - 1; weights (N,) >= 0, positive for one sample of each class at least.
     """
-    weighted = torch.nn.functional.one_hot(codes, classes).to(weights.dtype).mT * weights
-    # Seen from one of the samples, scores that are all the same are 0, without rounding.
-    origin = scores[..., :1, :]
-    means = weighted @ (scores - origin) / weighted.sum(-1, keepdim=True)
+    # Seen from one of the samples that count, scores that are all the same are 0, without rounding.
+    origin = scores.index_select(-2, weights.argmax().view(1))
+    counts = weights.new_zeros(classes).index_add_(0, codes, weights)
+    means = scores.new_zeros((*scores.shape[:-2], classes, scores.shape[-1]))
+    for start in range(0, len(codes), max(1, _ENTRIES // classes)):
+        some = slice(start, start + max(1, _ENTRIES // classes))
+        weighted = weights.new_zeros((classes, len(codes[some])))
+        weighted.scatter_(0, codes[some].unsqueeze(0), weights[some].unsqueeze(0))
+        means += weighted @ (scores[..., some, :] - origin)
+    means /= counts.unsqueeze(-1)
     residual = scores - origin - means[..., codes, :]
     return means + origin, (weights.unsqueeze(-1) * residual).mT @ residual / weights.sum()
 

@@ -130,8 +130,8 @@ class LinearDiscriminantAnalysis(Discriminant):
         count.index_add_(0, data.codes, data.weights)
         share = count / count.sum()
         sums = torch.zeros((len(count), d), dtype=torch.float64, device=data.X.device)
-        # Seen from one of the samples, features that are constant are 0, without rounding.
-        origin = data.X[0].to(torch.float64)
+        # Seen from one of the samples that count, features that are constant are 0, without rounding.
+        origin = data.X[data.weights.argmax()].to(torch.float64)
         blocks = range(0, N, max(4 * d, BLOCK_ENTRIES // d))
 
         def rows(start: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -171,8 +171,10 @@ class LinearDiscriminantAnalysis(Discriminant):
         tau_min = check_finite("tau_min", self.tau_min)
         if tau_min < 0:
             raise ValueError(f"tau_min={self.tau_min} must be >= 0")
-        S_w = within.mT @ within
-        largest = torch.linalg.matrix_norm(S_w, 1 if self.tau == "one_norm" else 2)
+        if self.tau == "one_norm":
+            largest = torch.linalg.matrix_norm(within.mT @ within, 1)
+        else:
+            largest = torch.linalg.matrix_norm(within, 2).square()
         return max(largest.item() / c_allow, tau_min)
 
     def _project(self, X: Tensor) -> Tensor:

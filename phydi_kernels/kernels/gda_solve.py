@@ -128,7 +128,7 @@ def largest_eigenvalue(K: Tensor, c: Classes) -> Tensor:
     NaN for a problem with NaN or infinity in it.
     """
     P, N, _ = K.shape
-    start = torch.randn(N, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    start = torch.randn(N, dtype=torch.float64, generator=torch.Generator().manual_seed(0), device="cpu")
     v = (start.to(K) * (c.root > 0)).unsqueeze(-1)
     scale = v.norm(dim=-2, keepdim=True)
     v = v / torch.where(scale > 0, scale, 1)
@@ -166,13 +166,15 @@ def largest_eigenvalue(K: Tensor, c: Classes) -> Tensor:
 
 
 def one_norm(K: Tensor, c: Classes) -> Tensor:
-    """The largest column sum of |S_w| (P,), in blocks of columns."""
+    """The largest column sum of |S_w| (P,), in blocks of columns; a sample of weight w counts as w samples."""
     P, N, _ = K.shape
     largest = torch.zeros(P, dtype=K.dtype, device=K.device)
     identity = torch.eye(N, dtype=K.dtype, device=K.device)
-    for block in identity.split(256, dim=1):
+    for block, root in zip(identity.split(256, dim=1), c.root.split(256, dim=-1), strict=True):
         columns = within_times(K, c, block.expand(1, P, N, -1))[1][0]
-        largest = torch.maximum(largest, columns.abs().sum(-2).amax(-1))
+        # within_times scales rows and columns by the roots of the weights: here rows by w, columns not at all.
+        sums = (c.root.unsqueeze(-1) * columns.abs()).sum(-2)
+        largest = torch.maximum(largest, torch.where(root > 0, sums / root, 0).amax(-1))
     return largest
 
 
