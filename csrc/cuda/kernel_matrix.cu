@@ -19,6 +19,8 @@ constexpr int kStep = 64 / int(sizeof(T));
 // Of few features the differences cost less than the centered products save.
 constexpr int64_t kMaxDirectFeatures = 16;
 
+constexpr int kMeanLanes = 32, kMeanParts = 16;
+
 // What is summed over the features of x and y.
 enum class Term { product, centered_product, squared_difference, difference, chi2 };
 
@@ -74,25 +76,27 @@ __device__ T kernel_value(const KernelMatrix& a, T sum, T gamma) {
   }
 }
 
-// center[b, k]: the median of at most nine points of Y in feature k, of what is finite, so that an outlier or a NaN
-// does not cost the other points their digits.
+// mean[b, k] = (1/N) sum_i X[b, i, k], kMeanLanes features a block.
 template <class T>
-__global__ void feature_medians(KernelMatrix a) {
-  constexpr int some = 9;
-  const T* Y = static_cast<const T*>(a.Y ? a.Y : a.X);
-  for (int64_t task = blockIdx.x * int64_t(kThreads) + threadIdx.x; task < a.B * a.d;
-       task += gridDim.x * int64_t(kThreads)) {
-    const int64_t b = task / a.d, feature = task % a.d;
-    T values[some];
-    int finite = 0;
-    for (int j = 0; j < some; ++j) {
-      const T value = Y[(b * a.M + j * a.M / some) * a.d + feature];
-      if (!std::isfinite(value)) continue;
-      int at = finite++;
-      for (; at > 0 && values[at - 1] > value; --at) values[at] = values[at - 1];
-      values[at] = value;
+__global__ void feature_means(KernelMatrix a) {
+  __shared__ T sums[kMeanParts][kMeanLanes];
+  const T* X = static_cast<const T*>(a.X);
+  const int lane = threadIdx.x % kMeanLanes, part = threadIdx.x / kMeanLanes;
+  const int64_t groups = (a.d + kMeanLanes - 1) / kMeanLanes;
+  for (int64_t task = blockIdx.x; task < a.B * groups; task += gridDim.x) {
+    const int64_t b = task / groups, feature = task % groups * kMeanLanes + lane;
+    T sum = 0;
+    if (feature < a.d) {
+#pragma unroll 4
+      for (int64_t i = part; i < a.N; i += kMeanParts) sum += X[(b * a.N + i) * a.d + feature];
     }
-    static_cast<T*>(a.center)[task] = finite > 0 ? values[(finite - 1) / 2] : T(0);
+    sums[part][lane] = sum;
+    __syncthreads();
+    if (part == 0 && feature < a.d) {
+      for (int p = 1; p < kMeanParts; ++p) sum += sums[p][lane];
+      static_cast<T*>(a.mean)[b * a.d + feature] = sum / T(a.N);
+    }
+    __syncthreads();
   }
 }
 
@@ -145,7 +149,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<term>) kernel_matrix_tiles(K
     const int64_t first_row = tile_row * kTile, first_column = tile_column * kTile;
     const T* X = static_cast<const T*>(a.X) + b * a.N * a.d;
     const T* Y = symmetric ? X : static_cast<const T*>(a.Y) + b * a.M * a.d;
-    const T* shift = term == Term::centered_product ? static_cast<const T*>(a.center) + b * a.d : nullptr;
+    const T* shift = term == Term::centered_product ? static_cast<const T*>(a.mean) + b * a.d : nullptr;
 
     T sum[kPart][kPart] = {};
     T square = 0;
@@ -234,7 +238,7 @@ void launch_kernel_matrix(const KernelMatrix& a, const Stream& stream) {
       return tiles(kernel_matrix_tiles<T, Term::chi2>);
     default:
       if (a.d <= kMaxDirectFeatures) return tiles(kernel_matrix_tiles<T, Term::squared_difference>);
-      launch(feature_medians<T>, (a.B * a.d + kThreads - 1) / kThreads, kThreads, 0, stream, a);
+      launch(feature_means<T>, a.B * ((a.d + kMeanLanes - 1) / kMeanLanes), kMeanLanes * kMeanParts, 0, stream, a);
       return tiles(kernel_matrix_tiles<T, Term::centered_product>);
   }
 }

@@ -30,11 +30,11 @@ enum class Kernel {
   chi2 = 11                // exp(-gamma chi2_distance)
 };
 
-// X (B, N, d), Y (B, M, d) or null for X, gamma (G, B), values (G, B, N, M); center (B, d) is working memory.
+// X (B, N, d), Y (B, M, d) or null for X, gamma (G, B), values (G, B, N, M); mean (B, d) is working memory.
 struct KernelMatrix {
   int64_t G, B, N, M, d;
   const void *X, *Y, *gamma;
-  void *center, *values;
+  void *mean, *values;
   Kernel kernel;
   int64_t degree;
   double coef0;

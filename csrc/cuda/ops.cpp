@@ -68,7 +68,7 @@ Tensor kernel_matrix_op(Tensor X, std::optional<Tensor> Y, Tensor gamma, int64_t
   Tensor values = torch::stable::new_empty(X, {G, B, N, M});
   if (values.numel() == 0) return values;
   const OnDevice device(X);
-  Tensor center = torch::stable::new_empty(X, {B, d});
+  Tensor mean = torch::stable::new_empty(X, {B, d});
   const KernelMatrix arguments{G,
                                B,
                                N,
@@ -77,7 +77,7 @@ Tensor kernel_matrix_op(Tensor X, std::optional<Tensor> Y, Tensor gamma, int64_t
                                X.const_data_ptr(),
                                Y ? Y->const_data_ptr() : nullptr,
                                gamma.const_data_ptr(),
-                               center.mutable_data_ptr(),
+                               mean.mutable_data_ptr(),
                                values.mutable_data_ptr(),
                                k,
                                degree,
