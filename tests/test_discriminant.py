@@ -359,6 +359,23 @@ def test_a_sample_of_weight_0_costs_no_digits_wherever_it_lies(value):
     np.testing.assert_allclose(fitted.covariance_, expected.covariance_, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("priors", ([1 / 3] * 3, [0.9, 0.05, 0.05]))
+@pytest.mark.parametrize(("far", "allowed"), ((1e2, 1e-12), (1e5, 0.01), (1e7, 0.01)))
+def test_a_class_far_off_does_not_hide_the_others(far, allowed, priors):
+    """Beyond 1e4 deviations its own direction has a larger variance than the classes have in it, and no other."""
+    rng = np.random.default_rng(0)
+    y = np.repeat([0, 1, 2], 100)
+    X = rng.normal(size=(300, 3))
+    X[y == 1, 0] += 3
+    X[y == 2, 1] += far
+    means = np.array([X[y == j].mean(0) for j in range(3)])
+    precision = np.linalg.inv(np.cov((X - means[y]).T, bias=True))
+    distances = np.einsum("nji,ik,njk->nj", X[:, None] - means, precision, X[:, None] - means)
+    joint = np.exp(-distances / 2) * np.array(priors)
+    found = LinearDiscriminantAnalysis(weighting="standard", priors=priors).fit(X, y).predict_proba(X)
+    np.testing.assert_allclose(found, joint / joint.sum(1, keepdims=True), atol=allowed)
+
+
 def test_classes_are_counted_in_blocks(monkeypatch):
     X, y = load_wine(return_X_y=True)
     whole = LinearDiscriminantAnalysis().fit(X, y)

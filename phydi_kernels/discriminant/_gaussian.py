@@ -49,18 +49,19 @@ def discriminant_scores(scores: Tensor, means: Tensor, covariance: Tensor, prior
     .. math:: g_j(z) = (z - c)^T \Sigma^{-1} (m_j - c) - \tfrac12 |m_j - c|^2_{\Sigma^{-1}} + \log \pi_j
 
     c is the mean of the class means, so :math:`g_j` is linear in z, and softmax of it over j gives the posterior.
-    A direction with a variance below sqrt(eps) of the largest of all samples, or below that of rounding, is taken to
-    have that variance: where the projection collapses every class to a point the nearest mean decides.
+    Each score is measured by its own deviation in all samples, so that one class far off does not hide the others; a
+    direction with a variance below sqrt(eps) of that, or below that of rounding, is taken to have that variance: where
+    the projection collapses every class to a point the nearest mean decides.
     """
     center = means.mean(-2, keepdim=True)
     offset = means - center
     total = covariance + offset.mT @ offset
-    largest = total.diagonal(dim1=-2, dim2=-1).amax(-1, keepdim=True)
     eps = torch.finfo(scores.dtype).eps
-    rounding = (16 * eps * center.abs().amax(-1)).square()
-    floor = torch.maximum(eps**0.5 * largest, rounding)
-    variance, axes = torch.linalg.eigh(covariance)
-    variance = torch.maximum(variance, torch.where(floor > 0, floor, 1))
-    whiten = axes * variance.rsqrt().unsqueeze(-2)
+    floor = eps**0.5
+    deviation = total.diagonal(dim1=-2, dim2=-1).sqrt().unsqueeze(-2)
+    deviation = torch.maximum(deviation, 16 * eps * center.abs() / floor**0.5)
+    deviation = torch.where(deviation > 0, deviation, 1)
+    variance, axes = torch.linalg.eigh(covariance / (deviation * deviation.mT))
+    whiten = axes / deviation.mT * variance.clamp_min(floor).rsqrt().unsqueeze(-2)
     offset = offset @ whiten
     return ((scores - center) @ whiten) @ offset.mT - offset.square().sum(-1).unsqueeze(-2) / 2 + priors.log()
