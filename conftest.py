@@ -19,3 +19,4 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--device").startswith("cuda"):
         # cuDNN's default is TF32, which the kernels follow: float32 is compared to its own precision.
         torch.backends.cudnn.conv.fp32_precision = "ieee"
+        torch.backends.cuda.matmul.fp32_precision = "ieee"

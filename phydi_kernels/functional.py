@@ -66,7 +66,7 @@ def phm_linear(
               H = \sum_i A_i \otimes F_i
 
     so that ``H[k*p + r, l*q + s] = sum_i A[i, k, l] * F[i, r, s]`` (PHYDI, Eq. 1 and 2). The CPU kernels never form H
-    whole; on other devices the reference runs, which does.
+    whole; CUDA does where its library's product is faster, and other devices, on which the reference runs.
 
     Args:
         x: input ``(..., Q*q)``; any strides, any number of leading dimensions, empty ones included.

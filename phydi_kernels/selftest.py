@@ -250,8 +250,9 @@ def run(args: argparse.Namespace) -> int:
         print(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}")
         return 2
     if device.type == "cuda":
-        # cuDNN's default is TF32, which the kernels follow: three digits.
+        # TF32, which the kernels follow, has three digits; it is cuDNN's default, and can be made cuBLAS's.
         torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
     print(f"{'operator':32}{'dtype':9}{'error':>9}{'allowed':>9}{'time':>11}  {'':6}  implementation")
     results = []
     for r in check(device):

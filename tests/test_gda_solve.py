@@ -714,6 +714,18 @@ def test_a_failed_factorisation_raises_tau(given, count, implementation):
         assert torch.allclose(again.eigenvalues, both.eigenvalues[0, 0], rtol=1e-6)
 
 
+@pytest.mark.parametrize("solver", ("cholesky", "qr", "eigh", "pinv"))
+def test_traced_factor_lies_as_the_computed_one_without_compiled_kernels(solver, monkeypatch):
+    """As for CUDA tensors: torch's own Cholesky factor lies column by column."""
+    monkeypatch.setattr(kernels, "_compiled", lambda K: False)
+    y = torch.arange(20) % 3
+    K = torch.stack([kernel_of(y.numpy(), 2.0)] * 2)
+    arguments = (y.expand(2, -1), torch.ones((2, 20), dtype=torch.float64), 3, "paper")
+    tau = torch.full((2, 2), 0.1, dtype=torch.float64)
+    sample = (K, *arguments, tau, "given", 1e8, 0.0, solver)
+    torch.library.opcheck(gda_factor, sample, test_utils=("test_faketensor",))
+
+
 @pytest.mark.parametrize("solver", ("cholesky", "qr", "eigh", "pinv", "band"))
 def test_nan_in_one_problem_of_a_batch(solver):
     """Devices whose values are not looked at hand NaN to the factorisation: -1 there, and nowhere else."""

@@ -105,6 +105,9 @@ def centered_kernel(K: Tensor, c: Classes) -> Tensor:
     """B = K Delta^1/2 (I - F F^T) (P, N, N), so that S_w = B B^T."""
     if K.is_cuda and cuda.available():
         center = torch.ops.phydi_cuda.class_center.default
+        # One matrix for all problems, with a stride of 0, stays one.
+        if K.stride()[1:] != (K.shape[-1], 1):
+            K = K.clone(memory_format=torch.contiguous_format)
         return center(K, c.codes.contiguous(), c.root.contiguous(), c.counts, _scatter_root(c))[0]
     weighted = c.root.unsqueeze(-1) * K * c.root.unsqueeze(-2)
     return (weighted - (weighted @ c.indicator) @ c.indicator.mT) * c.scatter.sqrt().unsqueeze(-2)
@@ -213,7 +216,7 @@ def _cholesky(G: Tensor) -> tuple[Tensor, Tensor]:
     if _compiled(G):
         return G, _cpu.cholesky_.default(G.flatten(0, 1)).view(G.shape[:2]) != 0
     L, info = torch.linalg.cholesky_ex(G)
-    return L, info != 0
+    return L.contiguous(), info != 0
 
 
 def _by_cholesky(K: Tensor, c: Classes, tau: Tensor) -> tuple[Factor, Tensor, Tensor]:

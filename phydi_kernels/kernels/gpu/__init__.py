@@ -30,7 +30,9 @@ def reason(capability: int) -> str:
     compilers = (os.environ["CC"],) if "CC" in os.environ else ("gcc", "clang")
     if not any(map(shutil.which, compilers)):
         return f"triton needs a C compiler to start kernels, and there is no {' or '.join(compilers)}"
-    if not Path(sysconfig.get_paths()["include"], "Python.h").exists():
+    # As triton looks for it: Debian's scheme of local installations has no headers.
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")
+    if not Path(sysconfig.get_paths(scheme)["include"], "Python.h").exists():
         return "triton needs Python.h (python3-dev) to start kernels"
     if not architecture(capability):
         return f"compute capability {capability // 10}.{capability % 10} is below 8.0"
