@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ast
 import copy
+import functools
 import inspect
 import textwrap
 from collections import defaultdict
+from collections.abc import Iterator
 from typing import Any
 
-from torch.fx import Node, Tracer
+from torch.fx import Node, Proxy, Tracer
 from torch.nn import Module
 
 # Ways to the submodules of a module other than by their names.
@@ -23,6 +25,14 @@ _ENUMERATION = {
     "named_modules",
 }
 _REFLECTION = {"eval", "exec", "getattr", "super", "vars"}
+# What tells a symbolic input from a tensor: a trace takes the way that no tensor does.
+_INSPECTION = {"hasattr", "is_tensor", "isinstance", "type"}
+
+
+def is_plain(module: Module) -> bool:
+    """Whether a call and its backward run what the module's class defines and nothing else."""
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return not any(hooks) and "forward" not in module.__dict__
 
 
 class _LocalTracer(Tracer):
@@ -51,6 +61,9 @@ class Dataflow:
         self._parents: dict[Module, list[tuple[Module, str]]] = defaultdict(list)
         self._calls: dict[Module, list[tuple[Module, Node]]] = defaultdict(list)
         self._known: set[Module] = set()
+        self._kept: set[Node] = set()  # results that a forward stores in its module
+        # Modules that are held in other ways as well, such as a list: calls by these are not told apart.
+        self._held = {m for module in self._names for m in _inside(_attributes(module), Module)}
         for module in self._names:
             for name, child in module._modules.items():
                 if child is not None:
@@ -65,7 +78,7 @@ class Dataflow:
         """
         call = self._only_call(self._modules[name])
         # With keywords the module computes more than its class says, such as a residual connection.
-        if call is None or len(call[1].users) != 1 or call[1].kwargs:
+        if call is None or len(call[1].users) != 1 or call[1].kwargs or call[1] in self._kept:
             return None
         owner, node = call
         (user,) = node.users
@@ -80,7 +93,8 @@ class Dataflow:
 
     def _only_call(self, module: Module) -> tuple[Module, Node] | None:
         calls = self._calls[module]
-        return calls[0] if len(calls) == 1 and not self._obstacles(module) else None
+        known = len(calls) == 1 and module not in self._held and not self._obstacles(module)
+        return calls[0] if known else None
 
     def _obstacles(self, module: Module) -> list[Module]:
         found: dict[Module, None] = {}
@@ -107,15 +121,64 @@ class Dataflow:
             arguments = inspect.signature(forward).parameters.values()
             if any(a.default is not a.empty or a.kind in (a.VAR_POSITIONAL, a.VAR_KEYWORD) for a in arguments):
                 return False
+            if _inspects(type(module)):
+                return False
             graph = _LocalTracer().trace(module)
         except Exception:  # whatever a forward raises that is not made for symbolic inputs
             return False
+        self._kept.update(proxy.node for proxy in _inside(_attributes(module), Proxy))
         for node in graph.nodes:
-            # Reading a parameter counts as a call as well: the module then is used in more than one way.
-            target = str(node.target) if node.op == "call_module" else str(node.target).rpartition(".")[0]
-            if node.op in ("call_module", "get_attr") and target:
-                self._calls[module.get_submodule(target)].append((module, node))
+            for used in _used(module, node):
+                self._calls[used].append((module, node))
         return True
+
+
+def _used(module: Module, node: Node) -> list[Module]:
+    """The modules that a node of ``module`` calls, or uses in another way, after which no call is the only one."""
+    target = str(node.target)
+    if node.op == "call_module":
+        return [module.get_submodule(target)]
+    if node.op != "get_attr":
+        return []
+    parent, _, name = target.rpartition(".")
+    owner = module.get_submodule(parent)
+    # A module handed to another, which may call it, or a parameter of one.
+    whole = owner._modules.get(name)
+    return [owner] if whole is None and parent else [] if whole is None else list(whole.modules())
+
+
+def _attributes(module: Module) -> list[Any]:
+    """What ``module`` holds besides its submodules, parameters, buffers and hooks."""
+    own = {"_modules", "_parameters", "_buffers"}
+    return [value for name, value in module.__dict__.items() if name not in own and not name.endswith("_hooks")]
+
+
+def _inside(value: Any, kind: type, depth: int = 4) -> Iterator[Any]:
+    """Objects of ``kind`` in containers and partial calls."""
+    if isinstance(value, kind):
+        yield value
+    elif depth and isinstance(value, (list, tuple, set, frozenset, dict, functools.partial)):
+        if isinstance(value, functools.partial):
+            value = [value.func, *value.args, *value.keywords.values()]
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _inside(item, kind, depth - 1)
+
+
+def _inspects(of: type) -> bool:
+    """Whether the forward of this class, or a method that it uses, asks what an object is."""
+    names, seen = ["forward"], {"forward"}
+    while names:
+        method = inspect.getattr_static(of, names.pop(), None)
+        method = method.fget if isinstance(method, property) else method
+        code = [method.__code__] if inspect.isfunction(method) else []
+        while code:
+            some = code.pop()
+            if _INSPECTION.intersection(some.co_names):
+                return True
+            code += [constant for constant in some.co_consts if inspect.iscode(constant)]
+            names += [name for name in some.co_names if name not in seen]
+            seen.update(some.co_names)
+    return False
 
 
 def _only_calls(module: Module, name: str) -> bool:

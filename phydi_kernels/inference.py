@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from . import plans
 from ._check import check_flag
-from ._dataflow import Dataflow
+from ._dataflow import Dataflow, is_plain
 from ._table import table
 from .algebra import BilinearAlgorithm, DecompositionError, decompose
 from .kernels.phc_conv_factored import side_by_side
@@ -164,14 +164,21 @@ def optimize_for_inference(
     layers = {name: m for name, m in model.named_modules() if isinstance(m, (*_LAYERS, PHMEmbedding))}
     algorithms = _algorithms(layers, seed, starts, max_growth, progress)
     chosen = [name for name, found in algorithms.items() if isinstance(found, BilinearAlgorithm)]
-    dataflow = Dataflow(model) if chosen and (fold_batchnorm or fuse_relu) else None
+    reports, untraced = [], dict[str, None]()
+    dataflow = None
+    if chosen and (fold_batchnorm or fuse_relu):
+        try:
+            dataflow = Dataflow(model)
+        except Exception:  # whatever a copy raises: without one nothing is folded
+            if not inplace:
+                raise
+            untraced[type(model).__name__] = None
     if not inplace:
         model = copy.deepcopy(model)
     modules = dict(model.named_modules())
     uses = Counter(layer.F for layer in layers.values())
     shared: dict[Parameter, Parameter] = {}
     replacements: dict[Module, Module] = {}
-    reports, untraced = [], dict[str, None]()
     for name, layer in layers.items():
         algorithm = algorithms[name]
         kind = type(layer).__name__
@@ -234,8 +241,8 @@ def _algorithms(
             found[name] = "a lookup has too few multiplications to save some"
         elif type(layer) not in _LAYERS:
             found[name] = f"{type(layer).__name__} is a subclass or has parametrizations"
-        elif not _plain(layer):
-            found[name] = "it has forward hooks or a forward of its own"
+        elif not is_plain(layer):
+            found[name] = "it has hooks or a forward of its own"
         elif layer.algebra_rank is not None:
             found[name] = _own_algorithm(name, layer)
         else:
@@ -295,11 +302,6 @@ def _values(name: str, layer: Layer, key: str) -> Tensor:
     return value * (weights.view(-1, 1, 1) if key == "A" else weights)
 
 
-def _plain(module: Module) -> bool:
-    """Whether a call runs the forward of the module's class and nothing else."""
-    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
-
-
 def _fuse(
     name: str, modules: Mapping[str, Module], dataflow: Dataflow, fold_batchnorm: bool, fuse_relu: bool
 ) -> _Fused:
@@ -314,7 +316,7 @@ def _fuse(
         if not fused.names:
             return fused
         following = dataflow.successor(following)
-    if fuse_relu and following is not None and type(modules[following]) is nn.ReLU and _plain(modules[following]):
+    if fuse_relu and following is not None and type(modules[following]) is nn.ReLU and is_plain(modules[following]):
         if fused.alpha is None or (fused.alpha > 0).all():
             fused = replace(fused, names=(*fused.names, following), activation="relu")
     return fused
@@ -323,8 +325,8 @@ def _fuse(
 def _fold(name: str, norm: BatchNorm, conv: Conv) -> _Fused:
     """s (H x + b - mean) + beta as alpha (H x + b'), if it can be written so."""
     refused = f"{name} is not folded: "
-    if not _plain(norm):
-        return _Fused(reason=refused + "it has forward hooks or a forward of its own")
+    if not is_plain(norm):
+        return _Fused(reason=refused + "it has hooks or a forward of its own")
     if norm.training or norm.running_mean is None or norm.running_var is None:
         return _Fused(reason=refused + "it normalises by the statistics of each batch")
     mean, var = (t.cpu().double() for t in (norm.running_mean, norm.running_var))
@@ -334,8 +336,9 @@ def _fold(name: str, norm: BatchNorm, conv: Conv) -> _Fused:
     shift = -mean
     if conv.bias is not None:
         shift = shift + conv.bias.detach().cpu().double()
-    if norm.affine:
+    if norm.weight is not None:
         scale = scale * norm.weight.detach().cpu().double()
+    if norm.bias is not None:
         shift = shift + norm.bias.detach().cpu().double() / scale
     alpha, bias = (t.to(conv.F.device, conv.F.dtype) for t in (scale, shift))
     if not alpha.all():

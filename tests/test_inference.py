@@ -11,6 +11,7 @@ import re
 
 import pytest
 import torch
+import torch.nn.utils.prune
 from torch import nn
 
 from phydi_kernels import algebra, functional, inference, optimize_for_inference
@@ -329,8 +330,8 @@ def parametrized(layer):
         (lambda: PHMLinear(8, 8, 2), {"max_growth": 1}, r"residual .* growth .* \(allowed 1\)"),
         (lambda: OtherLinear(8, 8, 2), {}, "OtherLinear is a subclass or has parametrizations"),
         (lambda: parametrized(PHMLinear(8, 8, 2)), {}, "ParametrizedPHMLinear is a subclass or has parametrizations"),
-        (lambda: with_hook(PHMLinear(8, 8, 2)), {}, "it has forward hooks or a forward of its own"),
-        (lambda: with_own_forward(PHMLinear(8, 8, 2)), {}, "it has forward hooks or a forward of its own"),
+        (lambda: with_hook(PHMLinear(8, 8, 2)), {}, "it has hooks or a forward of its own"),
+        (lambda: with_own_forward(PHMLinear(8, 8, 2)), {}, "it has hooks or a forward of its own"),
     ],
     ids=["n1", "n1-conv", "full-rank", "growth", "subclass", "parametrized", "hook", "own-forward"],
 )
@@ -682,7 +683,7 @@ def hook_norm(model):
         (set_norm(weight=1e-200, bias=1e200), torch.float64, "a factor, or the shift divided by it, is not finite"),
         (set_norm(weight=1e-5, bias=1.0), torch.float16, "the shift divided by it, is not finite in torch.float16"),
         (train_norm, torch.float64, "it normalises by the statistics of each batch"),
-        (hook_norm, torch.float64, "it has forward hooks or a forward of its own"),
+        (hook_norm, torch.float64, "it has hooks or a forward of its own"),
     ],
     ids=["zero", "underflow", "overflow", "half-overflow", "training", "hook"],
 )
@@ -732,6 +733,43 @@ def test_relu_that_cannot_be_fused():
     assert assert_same(residual, 3, 8).inference_report.layers[0].folded == ()
     capped = randomized(nn.Sequential(PHMLinear(8, 8, 2, dtype=torch.float64), nn.ReLU6()))
     assert assert_same(capped, 3, 8).inference_report.layers[0].folded == ()
+
+
+def test_batch_norm_without_a_bias_is_folded():
+    model = randomized(nn.Sequential(PHConv2d(4, 4, 3, 2, dtype=torch.float64), nn.BatchNorm2d(4).double()))
+    model[1].bias = None
+    optimized = assert_same(model, 2, 4, 5, 5)
+    assert type(optimized[1]) is nn.Identity
+
+
+def test_backward_hooks_are_kept():
+    model = randomized(nn.Sequential(PHConv2d(4, 4, 3, 2), nn.BatchNorm2d(4)))
+    calls = []
+    model[0].register_full_backward_hook(lambda *_: calls.append(1))
+    quiet(model)(torch.randn(1, 4, 5, 5, requires_grad=True)).sum().backward()
+    assert calls == [1]
+
+
+def test_a_model_that_cannot_be_copied_is_optimized_in_place():
+    model = randomized(nn.Sequential(PHConv2d(4, 4, 3, 2), nn.BatchNorm2d(4)))
+    model.feature = torch.ones(1, requires_grad=True) * 2
+    x = torch.randn(1, 4, 5, 5)
+    with torch.no_grad():
+        expected = model(x)
+        optimized = quiet(model, inplace=True)
+        assert torch.allclose(optimized(x), expected, atol=1e-5)
+    assert type(optimized[0]) is FactoredPHConv and type(optimized[1]) is nn.BatchNorm2d
+    assert optimized.inference_report.untraced == ("Sequential",)
+
+
+def test_pruned_alpha_is_seen_by_a_layer_called_before():
+    layer = quiet(PHYDILinear(256, 4).eval())
+    layer.alpha.data.fill_(1)
+    x = torch.randn(2, 256)
+    with torch.no_grad():
+        layer(x), layer(x)
+        torch.nn.utils.prune.l1_unstructured(layer, "alpha", 1)
+        assert torch.equal(layer(x), x)
 
 
 def test_switches():
@@ -845,10 +883,51 @@ class Remembers(Net):
         return self.relu(self.bn(self.conv(x)))
 
 
+class KeepsResult(Net):
+    def forward(self, x):
+        self.feature = [self.conv(x)]
+        return self.bn(self.feature[0])
+
+
+class CalledThroughList(Net):
+    def __init__(self):
+        super().__init__()
+        self.convs = [self.conv]
+
+    def forward(self, x):
+        return self.relu(self.bn(self.convs[0](x)))
+
+
+class Helper(nn.Module):
+    def forward(self, module, x):
+        return module(x)
+
+
+class HandedOver(Net):
+    def __init__(self):
+        super().__init__()
+        self.helper = Helper()
+
+    def forward(self, x):
+        return self.bn(self.conv(x)) + self.helper(self.conv, x)
+
+
+class AsksForTensors(Net):
+    def forward(self, x):
+        y = self.conv(x)
+        if isinstance(y, torch.Tensor):
+            y = torch.tanh(y)
+        return self.bn(y)
+
+
 @pytest.mark.parametrize(
     ("kind", "folded"),
     [
         (Plain, ("bn", "relu")),
+        (KeepsResult, ()),
+        (CalledThroughList, ()),
+        (HandedOver, ()),
+        (AsksForTensors, ()),
         (FunctionalRelu, ("bn",)),
         (NormNotFirst, ("relu",)),
         (NormOfSum, ()),
@@ -873,7 +952,7 @@ def test_what_follows_in_a_forward(kind, folded):
     assert report.folded == folded
     for name in ("bn", "relu"):
         assert (type(getattr(optimized, name)) is nn.Identity) == (name in folded)
-    untraced = kind in (BranchOnInput, OptionalArgument)
+    untraced = kind in (BranchOnInput, OptionalArgument, AsksForTensors)
     assert optimized.inference_report.untraced == ((kind.__name__,) if untraced else ())
     assert ("cannot be traced: " + kind.__name__ in str(optimized.inference_report)) == untraced
 
@@ -894,7 +973,6 @@ class Outer(nn.Module):
             PHConv2d(4, 4, 3, 2, padding=1, dtype=torch.float64), nn.BatchNorm2d(4, dtype=torch.float64)
         )
         self.blocks = nn.ModuleList([self.body])
-        self.listed = [self.body[0], self.body[1]]
 
     def check(self, x):
         if x.sum() > 1e9:
@@ -956,6 +1034,10 @@ class OpensByEnumeration(Outer):
 
 
 class OpensByList(Outer):
+    def __init__(self):
+        super().__init__()
+        self.listed = [self.body[0], self.body[1]]
+
     def forward(self, x):
         return self.body(self.check(x)) + self.listed[0](x)
 

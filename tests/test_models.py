@@ -161,6 +161,17 @@ def test_blocks_follow_their_formulas(make, convs):
         torch.testing.assert_close(block(x), expected)
 
 
+def test_hooks_on_the_stem_see_its_values():
+    model, seen = phresnet18(4, width=8).eval(), []
+    handle = model.stem.register_forward_hook(lambda _, __, y: seen.append(y))
+    model(torch.randn(1, 3, 8, 8))
+    handle.remove()
+    assert seen[0].min() < 0
+    model.stem.register_full_backward_hook(lambda *_: seen.append(None))
+    model(torch.randn(1, 3, 8, 8)).sum().backward()
+    assert len(seen) == 2
+
+
 @pytest.mark.parametrize("init", ["standard", "phydi"])
 def test_hooks_on_a_branch_see_its_values(init):
     """A block keeps its branch's result as it is, and full backward hooks forbid changing it."""

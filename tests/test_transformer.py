@@ -128,6 +128,34 @@ def test_masks_of_a_layer(kind, norm):
     )
 
 
+def test_backward_hooks_see_the_gradients_of_each_product():
+    """Those that they see with a forward hook beside them, which composes the layer of separate calls."""
+    layer = PHTransformerEncoderLayer(16, 2, 4, 32, dropout=0.0, batch_first=True)
+    layer.load_state_dict({k: v + 0.1 for k, v in layer.state_dict().items()})
+    seen = {}
+    for name in ("linear1", "linear2"):
+        getattr(layer, name).register_full_backward_hook(lambda m, _, grad, name=name: seen.update({name: grad[0]}))
+    x = normal((2, 5, 16), 0).float()
+    layer(x).square().sum().backward()
+    found = dict(seen)
+    for name in ("linear1", "linear2"):
+        getattr(layer, name).register_forward_hook(lambda *_: None)
+    layer(x).square().sum().backward()
+    for name, expected in seen.items():
+        torch.testing.assert_close(found[name], expected)
+    assert (found["linear1"] == 0).any()
+
+
+def test_dropout_runs_where_its_module_is_in_training_mode():
+    layer = PHTransformerEncoderLayer(16, 2, 4, 32, dropout=0.5).eval()
+    calls = []
+    layer.dropout.train().register_forward_hook(lambda *_: calls.append(1))
+    layer(torch.randn(3, 1, 16))
+    assert len(calls) == 3
+    layer.dropout = nn.Identity()
+    layer.train()(torch.randn(3, 1, 16))
+
+
 @each_kind
 @pytest.mark.parametrize("norm", ["post", "pre"])
 def test_dropout_is_where_torch_has_it(kind, norm):

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from .. import reference
 from .._check import DTYPES, check_flag, check_integer
+from .._dataflow import is_plain
 from .._table import table
 from ..algebra import DecompositionError
 from ..nn import PHConv1d, PHConv2d, PHConv3d, PHMLinear
@@ -389,7 +390,7 @@ def _left(model: Module, skip: Skip, options: _Options) -> dict[str, str]:
             return "it is in skip"
         if kind not in _KINDS:
             return f"{kind.__name__} is a subclass or has parametrizations"
-        if not _plain(dense):
+        if not is_plain(dense):
             return "it has hooks or a forward of its own"
         if dense in read:
             return f"{read[dense]} reads its weight"
@@ -422,12 +423,6 @@ def _skipped(model: Module, skip: Skip) -> Callable[[Module, str], bool]:
             raise TypeError(f"skip must be names or classes of modules, or a function; it has a {type(entry).__name__}")
         held.update(inner for m in found for inner in m.modules())
     return lambda module, name: module in held
-
-
-def _plain(module: Module) -> bool:
-    """Whether a call and its backward run what the module's class defines and nothing else."""
-    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-    return not any(hooks) and "forward" not in module.__dict__
 
 
 def _unfit(dense: Dense, options: _Options) -> str:

@@ -150,7 +150,7 @@ class PHResNet(Module):
         if self.channels_last and x.device.type == "cpu":
             # Not contiguous(memory_format=...), which vmap does not know.
             x = x.movedim(1, -1).contiguous().movedim(-1, 1)
-        x = torch.relu_(self.stem(x))
+        x = torch.relu(self.stem(x))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return self.linear(self.shift(x.mean((2, 3))))
 

@@ -151,6 +151,7 @@ class _CheckedCall(NamedTuple):
         return (
             dtype is self.dtype
             and layer.activation == self.activation
+            and tuple(layer._parameters) == layer._names
             and all(map(operator.is_, self.parameters, layer._parameters.values()))
         )
 
@@ -242,7 +243,8 @@ def linear_call(
     layer: Module, x: Tensor, *, residual: Tensor | None = None, alpha: Tensor | None = None, activation: str = "none"
 ) -> Tensor:
     """residual + alpha * act(layer(x)): in one call of a layer of ours, composed for any other and around hooks."""
-    if isinstance(layer, (PHMLinear, FactoredPHMLinear)) and not (layer._forward_hooks or layer._forward_pre_hooks):
+    hooks = layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks
+    if isinstance(layer, (PHMLinear, FactoredPHMLinear)) and not any(hooks):
         return layer(x, residual=residual, alpha=alpha, activation=activation)
     y = layer(x)
     y = torch.relu(y) if activation == "relu" else y

@@ -20,6 +20,17 @@ from .phm_multihead_attention import PHMMultiheadAttention
 _NORMS = ("post", "pre", "phydi", "fixup")
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": nn.functional.relu, "gelu": nn.functional.gelu}
 _RELUS = (nn.functional.relu, torch.relu)
+
+
+def _does_nothing(dropout: Module) -> bool:
+    """Whether a call of this module gives its input, and nothing watches it."""
+    watched = dropout._forward_hooks or dropout._forward_pre_hooks or dropout._backward_hooks
+    idle = isinstance(dropout, nn.Identity)
+    if isinstance(dropout, nn.Dropout):
+        idle = not (dropout.training and dropout.p > 0)
+    return idle and not (watched or dropout._backward_pre_hooks)
+
+
 # Linear layers of a branch: values and output of an attention, both of a feed-forward network.
 _BRANCH_LAYERS = 2
 
@@ -133,7 +144,7 @@ class PHTransformerLayer(Module):
 
         The last product of the branch takes the connection along, but where dropout comes between.
         """
-        dropped = self.training and self.dropout.p > 0
+        dropped = not _does_nothing(self.dropout)
         alpha = getattr(self, self._alpha_names[index - 1]) if self._alpha_names else None
         normalize: Module | None = getattr(self, f"norm{index}") if self.norm in ("post", "pre") else None
         inner = x if normalize is None or self.norm == "post" else normalize(x)
