@@ -233,6 +233,9 @@ def phc_conv_factored_grad(
     return _like(arguments, dx, *split_structure_grad(dA, U, V, W), dF)
 
 
+_DIRECT_FEATURES = 4
+
+
 def middle(points: Tensor) -> Tensor:
     """In each feature the median (..., 1, d) of at most nine points (..., N, d), of what is finite.
 
@@ -249,7 +252,12 @@ def middle(points: Tensor) -> Tensor:
 
 
 def squared_distance(X: Tensor, Y: Tensor | None) -> Tensor:
-    """|x_i - y_j|^2 (..., N, M), by products of the centred points; 0 on the diagonal where Y is None."""
+    """|x_i - y_j|^2 (..., N, M), by differences of few features, or products of the points less their middle.
+
+    0 on the diagonal where Y is None.
+    """
+    if X.shape[-1] <= _DIRECT_FEATURES:
+        return _sum_over_features(X, Y, lambda x, y: (x - y) ** 2)
     center = middle(X if Y is None else Y)
     X = X - center
     Z = X if Y is None else Y - center
