@@ -83,10 +83,8 @@ static inline Vec<double> load(const double* p) {
 }
 
 static inline Vec<float> load(const bf16* p) {
-  // One instruction each; of the conversion of vectors GCC makes five.
-#if defined(__AVX512F__)
-  const U32s bits = (U32s)_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-#elif defined(__AVX2__)
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  // One instruction; of the conversion of vectors GCC makes five.
   const U32s bits = (U32s)_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 #else
   U16s half;
