@@ -11,7 +11,6 @@ import argparse
 import itertools
 import json
 import statistics
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from typing import Any
 import report
 import torch
 from layers import PublishedLayer, dense_linear, structure_tensor
-from rivals import Rival, check_results, forward, paired_times
+from rivals import Rival, check_results, forward, paired_times, shortest_of_first_calls
 from torch import Tensor, nn
 
 from phydi_kernels import optimize_for_inference, plans
@@ -116,7 +115,7 @@ class Case:
         if threads == 1:
             rivals |= self._plans("", self.ours, x) | self._plans("prepacked ", self.prepacked, x)
         self._check(rivals, x)
-        once = {name: min(_seconds(rival) for _ in range(PROBES)) for name, rival in rivals.items()}
+        once = shortest_of_first_calls(rivals, PROBES)
         fastest = min(once[name] for name in rivals if name not in layers) if threads == 1 else 0.0
         left_out = {name for name in rivals if name not in layers and once[name] > HOPELESS * fastest}
         times, _ = paired_times({k: v for k, v in rivals.items() if k not in left_out}, x.device, seconds, MIN_ROUNDS)
@@ -160,12 +159,6 @@ class Case:
             (result,) = rival.call()
             assert result.isfinite().all(), f"{name}: the output is not finite"
             check_results(name, Rival(lambda some=result[rows]: (some,)), expected, self.features)
-
-
-def _seconds(rival: Rival) -> float:
-    start = time.perf_counter()
-    rival.call()
-    return time.perf_counter() - start
 
 
 def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:

@@ -14,7 +14,6 @@ import json
 import math
 import random
 import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from typing import Any
 import numpy as np
 import report
 import torch
-from rivals import Rival, paired_times
+from rivals import Rival, paired_times, shortest_of_first_calls
 from scipy.optimize import least_squares
 from torch import Tensor
 
@@ -94,14 +93,16 @@ class Call:
     def operator(self) -> tuple[Callable[..., Any], list[Any]]:
         """The operator and its arguments."""
         torch.manual_seed(0)
-        overload = {True: f"{self.function[:8]}2d{self.function[8:]}", False: self.function}[self.is_convolution]
-        operator = getattr(torch.ops.phydi, overload).default
+        name = self.function.replace("phc_conv", "phc_conv2d")
         x, grad = self._images(self.Q * self.q, 1), self._images(self.P * self.p, self.stride)
+        weights = [*self._algebra(), self._weights()]
         geometry = [[self.stride] * 2, [self.kernel // 2] * 2, [1, 1]] if self.is_convolution else []
-        before = [grad, x] if self.function.endswith("grad") else [x]
-        after = [] if self.function.endswith("grad") else [None]
-        epilogue = [] if self.function.endswith("grad") else [None, None, "none"]
-        return operator, [*before, *self._algebra(), self._weights(), *after, *geometry, *epilogue]
+        if self.function.endswith("grad"):
+            arguments = [grad, x, *weights, *geometry]
+        else:
+            bias = residual = alpha = None
+            arguments = [x, *weights, bias, *geometry, residual, alpha, "none"]
+        return getattr(torch.ops.phydi, name).default, arguments
 
     @property
     def is_convolution(self) -> bool:
@@ -201,9 +202,8 @@ def measure(call: Call, seconds: float = SECONDS_PER_CALL) -> dict[str, Any]:
 
     rivals = {plan.name.lower(): rival(plan) for plan in costs(call.function, sizes, plans.RATES[isa])}
     _check(rivals, operator(*arguments), getattr(torch, call.dtype))
-    once = {name: min(_seconds(rival) for _ in range(PROBES)) for name, rival in rivals.items()}
-    fastest = min(once.values())
-    hopeful = {name: rival for name, rival in rivals.items() if once[name] <= HOPELESS * fastest}
+    once = shortest_of_first_calls(rivals, PROBES)
+    hopeful = {name: rival for name, rival in rivals.items() if once[name] <= HOPELESS * min(once.values())}
     times, _ = paired_times(hopeful, torch.device("cpu"), seconds, MIN_ROUNDS)
     medians = {name: statistics.median(of_plan) for name, of_plan in times.items()}
     return {"function": call.function, "sizes": sizes, "seconds": once | medians}
@@ -219,12 +219,6 @@ def _check(rivals: Mapping[str, Rival], expected: Any, dtype: torch.dtype) -> No
             assert error <= ROUNDINGS * torch.finfo(dtype).eps, f"{name} is off by {error:.1e}"
 
 
-def _seconds(rival: Rival) -> float:
-    start = time.perf_counter()
-    rival.call()
-    return time.perf_counter() - start
-
-
 def costs(function: str, sizes: Sequence[Any], rates: Rates) -> dict[Plan, float]:
     """Of plans.py, in nanoseconds."""
     of_plans: dict[Plan, float] = getattr(plans, f"{function}_costs")(*sizes, rates)
@@ -233,8 +227,7 @@ def costs(function: str, sizes: Sequence[Any], rates: Rates) -> dict[Plan, float
 
 def regret(row: Mapping[str, Any], rates: Rates) -> float:
     """The time of the plan chosen by these rates over that of the best one."""
-    of_plans = costs(row["function"], row["sizes"], rates)
-    chosen = min(of_plans, key=of_plans.__getitem__).name.lower()
+    chosen = plans.cheapest(costs(row["function"], row["sizes"], rates)).name.lower()
     return row["seconds"][chosen] / min(row["seconds"].values())
 
 

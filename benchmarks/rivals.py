@@ -82,6 +82,17 @@ def synchronize(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
+def shortest_of_first_calls(rivals: Mapping[str, Rival], calls: int) -> dict[str, float]:
+    """Seconds, to tell who need not be timed further."""
+
+    def seconds(rival: Rival) -> float:
+        start = time.perf_counter()
+        rival.call()
+        return time.perf_counter() - start
+
+    return {name: min(seconds(rival) for _ in range(calls)) for name, rival in rivals.items()}
+
+
 def paired_times(
     rivals: Mapping[str, Rival],
     device: torch.device,

@@ -9,6 +9,7 @@ import inspect
 import textwrap
 from collections import defaultdict
 from collections.abc import Iterator
+from types import CodeType, FunctionType
 from typing import Any
 
 from torch.fx import Node, Proxy, Tracer
@@ -29,10 +30,15 @@ _REFLECTION = {"eval", "exec", "getattr", "super", "vars"}
 _INSPECTION = {"hasattr", "is_tensor", "isinstance", "type"}
 
 
+def has_hooks(module: Module) -> bool:
+    """Whether anything watches or changes the module's calls or their gradients."""
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return any(hooks)
+
+
 def is_plain(module: Module) -> bool:
     """Whether a call and its backward run what the module's class defines and nothing else."""
-    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-    return not any(hooks) and "forward" not in module.__dict__
+    return not has_hooks(module) and "forward" not in module.__dict__
 
 
 class _LocalTracer(Tracer):
@@ -142,9 +148,10 @@ def _used(module: Module, node: Node) -> list[Module]:
         return []
     parent, _, name = target.rpartition(".")
     owner = module.get_submodule(parent)
-    # A module handed to another, which may call it, or a parameter of one.
-    whole = owner._modules.get(name)
-    return [owner] if whole is None and parent else [] if whole is None else list(whole.modules())
+    handed = owner._modules.get(name)
+    if handed is not None:
+        return list(handed.modules())  # the one that takes it may call any of them
+    return [owner] if parent else []  # a parameter or buffer, of a submodule or its own
 
 
 def _attributes(module: Module) -> list[Any]:
@@ -164,33 +171,39 @@ def _inside(value: Any, kind: type, depth: int = 4) -> Iterator[Any]:
             yield from _inside(item, kind, depth - 1)
 
 
-def _inspects(of: type) -> bool:
-    """Whether the forward of this class, or a method that it uses, asks what an object is."""
+def _methods(of: type[Module]) -> Iterator[FunctionType]:
+    """The forward of this class, and the methods and properties of its own that these use by name."""
+    classes = of.__mro__[: of.__mro__.index(Module)]
     names, seen = ["forward"], {"forward"}
     while names:
-        method = inspect.getattr_static(of, names.pop(), None)
-        method = method.fget if isinstance(method, property) else method
-        code = [method.__code__] if inspect.isfunction(method) else []
-        while code:
-            some = code.pop()
-            if _INSPECTION.intersection(some.co_names):
-                return True
-            code += [constant for constant in some.co_consts if inspect.iscode(constant)]
-            names += [name for name in some.co_names if name not in seen]
-            seen.update(some.co_names)
-    return False
+        name = names.pop()
+        for definer in classes:
+            method = definer.__dict__.get(name)
+            method = method.fget if isinstance(method, property) else method
+            if inspect.isfunction(method):
+                yield method
+                used = _used_names(method.__code__)
+                names += sorted(used - seen)
+                seen |= used
+                if "super" not in used:
+                    break
+
+
+def _used_names(code: CodeType) -> set[str]:
+    inner = (constant for constant in code.co_consts if inspect.iscode(constant))
+    return set(code.co_names).union(*map(_used_names, inner))
+
+
+def _inspects(of: type[Module]) -> bool:
+    """Whether the forward of this class, or a method that it uses, asks what an object is."""
+    return any(_INSPECTION & _used_names(method.__code__) for method in _methods(of))
 
 
 def _only_calls(module: Module, name: str) -> bool:
     """Whether the source of ``module``'s forward, and of the methods it uses, has the child only in self.name(...)."""
     if "forward" in module.__dict__ or not inspect.isfunction(inspect.getattr_static(type(module), "forward")):
         return False
-    names, seen = ["forward"], {"forward"}
-    while names:
-        method = inspect.getattr_static(type(module), names.pop(), None)
-        method = method.fget if isinstance(method, property) else method
-        if not inspect.isfunction(method):
-            continue
+    for method in _methods(type(module)):
         try:
             tree = ast.parse(textwrap.dedent(inspect.getsource(method)))
         except (OSError, SyntaxError):
@@ -210,9 +223,6 @@ def _only_calls(module: Module, name: str) -> bool:
                     return False
                 if isinstance(module.__dict__.get(node.attr), (list, tuple, dict, set)):
                     return False  # may hold modules
-                if node.attr not in seen and not hasattr(Module, node.attr):
-                    seen.add(node.attr)
-                    names.append(node.attr)
     return True
 
 

@@ -291,7 +291,8 @@ def _bytes(n: int, p: int, q: int, bfloat16: bool) -> int:
     return n * p * q * (2 if bfloat16 else 4)
 
 
-def _cheapest(costs: dict[Plan, float]) -> Plan:
+def cheapest(costs: dict[Plan, float]) -> Plan:
+    """The plan of the least cost, the first of them in a draw."""
     return min(costs, key=costs.__getitem__)
 
 
@@ -341,7 +342,7 @@ def phm_linear(
 
     ``isa``, here and below, is the instruction set of the compiled kernels.
     """
-    return _cheapest(phm_linear_costs(rows, n, P, Q, p, q, contiguous, bfloat16, RATES[isa]))
+    return cheapest(phm_linear_costs(rows, n, P, Q, p, q, contiguous, bfloat16, RATES[isa]))
 
 
 def mixes_input(P: int, Q: int, p: int, q: int) -> bool:
@@ -374,7 +375,7 @@ def phm_linear_weight_grad_costs(rows: int, n: int, P: int, Q: int, p: int, q: i
 @lru_cache(maxsize=4096)
 def phm_linear_weight_grad(rows: int, n: int, P: int, Q: int, p: int, q: int, isa: str = BEST_ISA) -> Plan:
     """STREAM (F read and dF written once, term by term), MIX (mixed rows) or PANEL (dL/dH in cache-sized panels)."""
-    return _cheapest(phm_linear_weight_grad_costs(rows, n, P, Q, p, q, RATES[isa]))
+    return cheapest(phm_linear_weight_grad_costs(rows, n, P, Q, p, q, RATES[isa]))
 
 
 def _products(rows: int, p: int, q: int, R: int, bfloat16: bool, rates: Rates) -> float:
@@ -434,7 +435,7 @@ def phm_linear_factored(
 
     RANK, or a plan of phm_linear for A = sum_r U_r (x) V_r (x) W_r.
     """
-    return _cheapest(phm_linear_factored_costs(rows, n, P, Q, p, q, R, contiguous, combines, bfloat16, RATES[isa]))
+    return cheapest(phm_linear_factored_costs(rows, n, P, Q, p, q, R, contiguous, combines, bfloat16, RATES[isa]))
 
 
 def phm_linear_factored_grad_costs(
@@ -462,7 +463,7 @@ def phm_linear_factored_grad(
 
     Without RANK dU, dV and dW follow from the gradient of A = sum_r U_r (x) V_r (x) W_r.
     """
-    return _cheapest(phm_linear_factored_grad_costs(rows, n, P, Q, p, q, R, bfloat16, RATES[isa]))
+    return cheapest(phm_linear_factored_grad_costs(rows, n, P, Q, p, q, R, bfloat16, RATES[isa]))
 
 
 def _conv_product(bfloat16: bool, rates: Rates) -> float:
@@ -524,7 +525,7 @@ def phc_conv(
     ``pointwise``, of a kernel of one position without padding: whether F is contiguous along q, and the entries of the
     images that are copied between planes and rows.
     """
-    return _cheapest(phc_conv_costs(pixels, outputs, n, P, Q, p, q, taps, bfloat16, pointwise, RATES[isa]))
+    return cheapest(phc_conv_costs(pixels, outputs, n, P, Q, p, q, taps, bfloat16, pointwise, RATES[isa]))
 
 
 def phc_conv_weight_grad_costs(
@@ -553,7 +554,7 @@ def phc_conv_weight_grad(
     isa: str = BEST_ISA,
 ) -> Plan:
     """PANEL (that of H, split) or MIX (those of a convolution of the mixed input); see phc_conv."""
-    return _cheapest(phc_conv_weight_grad_costs(pixels, outputs, n, P, Q, p, q, taps, bfloat16, RATES[isa]))
+    return cheapest(phc_conv_weight_grad_costs(pixels, outputs, n, P, Q, p, q, taps, bfloat16, RATES[isa]))
 
 
 def fits_direct(dims: int, stride: int, q: int) -> bool:
@@ -619,7 +620,7 @@ def phc_conv_factored(
     serve: in three dimensions, and for the input's gradient of a stride.
     """
     sizes = (pixels, outputs, n, P, Q, p, q, taps, R, bfloat16, row, pointwise)
-    return _cheapest(phc_conv_factored_costs(*sizes, RATES[isa]))
+    return cheapest(phc_conv_factored_costs(*sizes, RATES[isa]))
 
 
 def phc_conv_factored_grad_costs(
@@ -678,4 +679,4 @@ def phc_conv_factored_grad(
     By PANEL the input's gradient has a plan of its own; ``row`` and ``pointwise`` are those of that plan.
     """
     sizes = (pixels, outputs, n, P, Q, p, q, taps, R, bfloat16, row, pointwise)
-    return _cheapest(phc_conv_factored_grad_costs(*sizes, RATES[isa]))
+    return cheapest(phc_conv_factored_grad_costs(*sizes, RATES[isa]))

@@ -233,7 +233,10 @@ def phc_conv_factored_grad(
     return _like(arguments, dx, *split_structure_grad(dA, U, V, W), dF)
 
 
+# Differences keep the digits of neighbours among distant points; each is a pass over the distances, so of few only.
 _DIRECT_FEATURES = 4
+# A median of so many points stays where it is with fewer than half of them far off.
+_MIDDLE_POINTS = 9
 
 
 def middle(points: Tensor) -> Tensor:
@@ -244,7 +247,7 @@ def middle(points: Tensor) -> Tensor:
     N = points.shape[-2]
     if N == 0:
         return points.new_zeros((*points.shape[:-2], 1, points.shape[-1]))
-    some = points.detach().index_select(-2, torch.arange(9, device=points.device) * N // 9)
+    some = points.detach().index_select(-2, torch.arange(_MIDDLE_POINTS, device=points.device) * N // _MIDDLE_POINTS)
     finite = some.isfinite()
     ordered = torch.where(finite, some, torch.inf).sort(dim=-2).values
     median = ordered.gather(-2, (finite.sum(-2, keepdim=True) - 1).clamp_min(0) // 2)

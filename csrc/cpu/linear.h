@@ -33,8 +33,8 @@ struct Linear {
 
   // Term i of row (b, k) of the mixed input, entries [s, s + count): sum_l A[i,k,l] x[b,l,s].
   template <class Out>
-  void mix(int64_t row, int64_t i, int64_t s, int64_t count, Out* out) const {
-    combine(x + row / P * x_stride + s, q, A + (i * P + row % P) * Q, 1, Q, out, count);
+  void mix(int64_t b, int64_t k, int64_t i, int64_t s, int64_t count, Out* out) const {
+    combine(x + b * x_stride + s, q, A + (i * P + k) * Q, 1, Q, out, count);
   }
 
   // Lanes of one segment (term i of the mixed input, or input block l).
@@ -60,9 +60,7 @@ struct Linear {
   template <class Out>
   void mixed_row(int64_t row, int64_t first, int64_t count, Out* out) const {
     const int64_t b = row / P, k = row - b * P;
-    by_segment(first, count, out, [&](int64_t i, int64_t s, int64_t steps, Out* to) {
-      combine(x + b * x_stride + s, q, A + (i * P + k) * Q, 1, Q, to, steps);
-    });
+    by_segment(first, count, out, [&](int64_t i, int64_t s, int64_t steps, Out* to) { mix(b, k, i, s, steps, to); });
   }
 
   // Row b of the input itself, lanes over (l, s).

@@ -171,7 +171,7 @@ void stream(int64_t batch, const Linear<In>& op, const Epilogue& epilogue, const
       for (int64_t i = 0; i < op.n; ++i) {
         T* to = mixed.get() + row * depth + i * term;
         X* entries = reinterpret_cast<X*>(to);
-        if (row < rows) op.mix(row, i, 0, op.q, entries);
+        if (row < rows) op.mix(row / op.P, row % op.P, i, 0, op.q, entries);
         std::fill(row < rows ? entries + op.q : entries, reinterpret_cast<X*>(to + term), X{});
       }
     }

@@ -36,7 +36,7 @@ void stream_weight_grad(int64_t batch, const Linear<In>& op, const In* grad, int
     const Scratch<T> mixed(rows * q), u(rows * q), g(rows * p);
     std::fill(u.get(), u.get() + rows * q, T(0));
     for (int64_t m = 0; m < rows; ++m) {
-      op.mix(m, i, 0, q, mixed.get() + m * q);
+      op.mix(m / P, m % P, i, 0, q, mixed.get() + m * q);
       copy_row(grad + m / P * grad_stride + m % P * p, g.get() + m * p, p);
     }
     for (int64_t r = 0; r < p; ++r) {

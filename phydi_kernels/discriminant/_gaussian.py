@@ -21,8 +21,9 @@ def class_statistics(scores: Tensor, codes: Tensor, classes: int, weights: Tenso
     origin = scores.index_select(-2, weights.argmax().view(1))
     counts = weights.new_zeros(classes).index_add_(0, codes, weights)
     means = scores.new_zeros((*scores.shape[:-2], classes, scores.shape[-1]))
-    for start in range(0, len(codes), max(1, _ENTRIES // classes)):
-        some = slice(start, start + max(1, _ENTRIES // classes))
+    blocks = range(0, len(codes), max(1, _ENTRIES // classes))
+    for start in blocks:
+        some = slice(start, start + blocks.step)
         weighted = weights.new_zeros((classes, len(codes[some])))
         weighted.scatter_(0, codes[some].unsqueeze(0), weights[some].unsqueeze(0))
         means += weighted @ (scores[..., some, :] - origin)

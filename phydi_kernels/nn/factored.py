@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from .. import functional
+from .._dataflow import has_hooks
 from ..kernels import cpu
 from ..ops._autograd import may_skip_dispatch, without_autocast
 from ..ops.phm_linear_factored import plan_on_cpu
@@ -243,8 +244,7 @@ def linear_call(
     layer: Module, x: Tensor, *, residual: Tensor | None = None, alpha: Tensor | None = None, activation: str = "none"
 ) -> Tensor:
     """residual + alpha * act(layer(x)): in one call of a layer of ours, composed for any other and around hooks."""
-    hooks = layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks
-    if isinstance(layer, (PHMLinear, FactoredPHMLinear)) and not any(hooks):
+    if isinstance(layer, (PHMLinear, FactoredPHMLinear)) and not has_hooks(layer):
         return layer(x, residual=residual, alpha=alpha, activation=activation)
     y = layer(x)
     y = torch.relu(y) if activation == "relu" else y

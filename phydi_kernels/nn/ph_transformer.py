@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import Module, Parameter
 
 from .._check import check_divisible, check_finite, check_integer, check_probability
+from .._dataflow import has_hooks
 from ._base import layer_options
 from ._fixup import Scale, Shift, branch_scale
 from .factored import FactoredLayer, linear_call
@@ -24,11 +25,10 @@ _RELUS = (nn.functional.relu, torch.relu)
 
 def _does_nothing(dropout: Module) -> bool:
     """Whether a call of this module gives its input, and nothing watches it."""
-    watched = dropout._forward_hooks or dropout._forward_pre_hooks or dropout._backward_hooks
     idle = isinstance(dropout, nn.Identity)
     if isinstance(dropout, nn.Dropout):
         idle = not (dropout.training and dropout.p > 0)
-    return idle and not (watched or dropout._backward_pre_hooks)
+    return idle and not has_hooks(dropout)
 
 
 # Linear layers of a branch: values and output of an attention, both of a feed-forward network.
