@@ -14,7 +14,9 @@ namespace phydi {
 namespace {
 
 // The packed input of a group of ranks, or of as many rows of one rank, takes at most this much of L2.
-constexpr int64_t kGroupBytes = 448 << 10;
+constexpr int64_t kGroupBytes = 512 << 10;
+// Packed weights held at a time: this much, or 1/n of H where that is more. The input is mixed anew for each part.
+constexpr int64_t kHeldBytes = 4 << 20;
 // Packed weights of more bytes would come back from memory.
 constexpr int64_t kFarBytes = 16 << 20;
 
@@ -324,7 +326,7 @@ void multiply_ranks(int64_t rows, const Ranks<In>& op, const Output<In>* output,
   }
   const int64_t step = single ? tile_step<In>(rows, 4) : kRows<In>;
   const int64_t blocks = ceil_div(rows, block_rows), padded = round_up(block_rows, step);
-  const int64_t share = std::max<int64_t>(kPackBytes, op.n * op.p * op.q * int64_t(sizeof(In)));
+  const int64_t share = std::max<int64_t>(kHeldBytes, op.n * op.p * op.q * int64_t(sizeof(In)));
   // At most what keeps the results of a block in L2.
   const int64_t held = single
                            ? strips
