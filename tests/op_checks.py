@@ -327,6 +327,45 @@ class OpChecks:
             sized = self._with_batch(tensors, size)
             assert torch.equal(exported.module()(sized), Layer()(sized))
 
+    def test_trace_records_the_operator(self, small, device):
+        """Also without gradients, where an eager call goes past the dispatcher with a plan for its own batch."""
+        tensors = draw(small, ternary, torch.float32, device)
+
+        def op(*values: Tensor) -> Tensor:
+            return self.case.op(**dict(zip(tensors, values, strict=True)), **small.options)
+
+        with torch.no_grad():
+            traced = torch.jit.trace(op, tuple(tensors.values()), check_trace=False)
+            assert torch.equal(traced(*tensors.values()), op(*tensors.values()))
+        kinds = {node.kind() for node in traced.graph.nodes()}
+        assert {kind for kind in kinds if kind.startswith("phydi")} == {f"phydi::{min(self.case.operators, key=len)}"}
+
+    def test_small_alpha_keeps_gradients_in_range(self, small, device):
+        """Those of the algebra and the bias are multiplied by alpha before 16 bits have to hold them."""
+        tensors = draw(small, ternary, torch.float16, device, x=1.0, alpha=2.0**-10)
+        grad = torch.full_like(self._grad_output(tensors, small.options), 2.0**15)
+        actual = evaluate(self.case.op, tensors, small.options, self.case.differentiable, grad)
+        expected = self._dense(tensors, small.options, grad)
+        assert expected["bias"].abs().max() * 2**10 > torch.finfo(torch.float16).max
+        del actual["alpha"], expected["alpha"]  # beyond its range
+        assert_exact(actual, expected, torch.float16)
+
+    def test_vmap_of_no_samples(self, small, mapped, device):
+        """Results have the shapes of a call's."""
+        tensors = draw(small, ternary, torch.float32, device)
+        dims = {name: 0 if name in mapped else None for name in tensors}
+        batch = {name: t if dims[name] is None else t.new_empty((0, *t.shape)) for name, t in tensors.items()}
+
+        def op(tensors: dict[str, Tensor]) -> Tensor:
+            return self.case.op(**tensors, **small.options)
+
+        y = op(tensors)
+        assert torch.func.vmap(op, in_dims=(dims,))(batch).shape == (0, *y.shape)
+        if "alpha" in mapped and tensors["alpha"].numel() == 1:
+            return  # torch's own product of a tensor and no numbers fails
+        grads = torch.func.vmap(torch.func.grad(lambda t: op(t).sum()), in_dims=(dims,))(batch)
+        assert {name: g.shape for name, g in grads.items()} == {name: (0, *t.shape) for name, t in tensors.items()}
+
     @pytest.mark.parametrize("in_dim", (0, 1))
     def test_vmap(self, small, mapped, in_dim, activation, device):
         """Outputs, and gradients of each sample, equal a loop over the samples."""

@@ -158,9 +158,11 @@ def test_gradient_of_a_by_mixing_adds_up_some_samples_at_a_time(samples, monkeyp
         ({"A": torch.zeros(2, 2, 2, dtype=torch.float64)}, "share one dtype"),
         ({"F": torch.zeros(3, 3, 4)}, "not empty"),
         ({"x": torch.zeros(5, 7)}, "last dimension"),
-        ({"bias": torch.zeros(5)}, "last dimension"),
+        ({"bias": torch.zeros(5)}, "another dtype or size"),
+        ({"bias": torch.zeros(2, 6)}, "another dtype or size"),
         ({"residual": torch.zeros(5, 5)}, "another dtype or size"),
-        ({"alpha": torch.zeros(2)}, "last dimension"),
+        ({"residual": torch.zeros(6, 5)}, "last dimension"),
+        ({"alpha": torch.zeros(2)}, "another dtype or size"),
     ),
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -290,10 +290,10 @@ class TestDirectCalls:
         ("change", "message"),
         (
             ({"U": None}, "U must be"),
-            ({"bias": torch.zeros(5)}, "last dimension"),
-            ({"bias": torch.zeros(6, dtype=torch.float64)}, "one dtype"),
+            ({"bias": torch.zeros(5)}, "another dtype or size"),
+            ({"bias": torch.zeros(6, dtype=torch.float64)}, "another dtype or size"),
             ({"residual": torch.zeros(5, 5)}, "another dtype or size"),
-            ({"alpha": torch.zeros(2)}, "last dimension"),
+            ({"alpha": torch.zeros(2)}, "another dtype or size"),
             ({"alpha": torch.zeros(0)}, "another dtype or size"),
             ({"plan": 4}, "unknown plan"),
             ({"plan": -1}, "unknown plan"),

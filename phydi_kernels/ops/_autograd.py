@@ -72,6 +72,7 @@ def may_skip_dispatch() -> bool:
         torch.is_grad_enabled()
         or torch._C._is_any_autocast_enabled()
         or torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
         or forward_ad._current_level >= 0
         or torch._C._len_torch_dispatch_stack()
         or torch._C._functorch.peek_interpreter_stack() is not None

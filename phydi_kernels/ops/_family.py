@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..reference import compute_dtype
 from ._autograd import autocast_enabled, register_autograd, without_autocast
 
 LIB = torch.library.Library("phydi", "DEF")
@@ -44,14 +45,16 @@ class Family:
     channel_dim: int
     factors: int
 
-    def per_channel_sum(self, grad: Tensor) -> Tensor:
-        channel = self.channel_dim % grad.dim()
+    def per_channel_sum(self, grad: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """In ``dtype`` or in its own."""
+        channel, dtype = self.channel_dim % grad.dim(), dtype or grad.dtype
         others = [d for d in range(grad.dim()) if d != channel]
-        return grad.sum(others) if others else grad  # torch takes a sum over no dimensions for one over all
+        # torch takes a sum over no dimensions for one over all.
+        return grad.sum(others, dtype=dtype) if others else grad.to(dtype)
 
     def per_channel(self, t: Tensor, dims: int) -> Tensor:
         channel = self.channel_dim % dims
-        return t.view([-1 if d == channel else 1 for d in range(dims)])
+        return t.view([t.numel() if d == channel else 1 for d in range(dims)])
 
     def form_gradients(self, arguments: Factors, geometry: Sequence[Any], need: Sequence[bool]) -> list[Tensor | None]:
         """The gradients of T in those of its ``arguments`` (grad, x, *factors) that are needed."""
@@ -135,11 +138,13 @@ def register_forward_autograd(family: Family) -> None:
         by_euler = need_alpha and d_alpha is None
         # alpha rides on the first factor, a small one, instead of a pass over the input's gradient.
         carrier = next(i for i, factor in enumerate(factors) if factor is not None)
-        scaled, scale = list(factors), None
+        # Its gradient, and the bias's, are multiplied by alpha at last: until then 16 bits might not hold them.
+        scaled, scale, wide = list(factors), None, None
         if alpha is not None:
-            scale = alpha.reshape(())
-            scaled[carrier] = scaled[carrier] * scale.to(scaled[carrier].dtype)
-        d_bias = family.per_channel_sum(grad) if bias is not None and (need_bias or by_euler) else None
+            wide = compute_dtype(x.dtype)
+            scale = alpha.reshape(()).to(wide)
+            scaled[carrier] = factors[carrier].to(wide) * scale
+        d_bias = family.per_channel_sum(grad, wide) if bias is not None and (need_bias or by_euler) else None
         need = [False, need_x, *need_factors]
         need[2 + carrier] |= by_euler
         _, d_x, *d_factors = family.form_gradients((grad, x, *scaled), ctx.geometry, need)
@@ -151,8 +156,8 @@ def register_forward_autograd(family: Family) -> None:
             d_alpha = d_alpha.to(alpha.dtype).reshape(alpha.shape)
         if scale is not None:
             if d_factors[carrier] is not None:
-                d_factors[carrier] = d_factors[carrier] * scale.to(d_factors[carrier].dtype)
-            d_bias = None if d_bias is None else d_bias * scale
+                d_factors[carrier] = (d_factors[carrier] * scale).to(factors[carrier].dtype)
+            d_bias = None if d_bias is None else (d_bias * scale).to(bias.dtype)
         return (d_x, *d_factors, d_bias, *[None] * len(ctx.geometry), d_residual, d_alpha, None)
 
     register_autograd(LIB, family.forward, backward, setup_context)
@@ -242,14 +247,20 @@ def register_vmap_by_sample(op: Any) -> None:
 
 def _each_sample(op: Callable, info: Any, in_dims: Sequence[int | None], args: Sequence[Any]) -> Any:
     """vmap over a dimension that the operator cannot fold into its batch: one call a sample, stacked at dimension 0."""
-    calls = [
+
+    def call(sample: Callable[[Tensor, int], Tensor]) -> Any:
         # torch gives a list of integers a list of dimensions, all None.
-        op(*(a if d is None or isinstance(a, list) else a.select(d, b) for a, d in zip(args, in_dims, strict=True)))
-        for b in range(info.batch_size)
+        pairs = zip(args, in_dims, strict=True)
+        return op(*(a if d is None or isinstance(a, list) else sample(a, d) for a, d in pairs))
+
+    # Without a sample one of zeros shows the shapes of the results.
+    calls = [call(lambda t, d, b=b: t.select(d, b)) for b in range(info.batch_size)] or [
+        call(lambda t, d: t.new_zeros([size for i, size in enumerate(t.shape) if i != d % t.dim()]))
     ]
     if isinstance(calls[0], tuple):
-        return tuple(torch.stack(c) for c in zip(*calls, strict=True)), (0,) * len(calls[0])
-    return torch.stack(calls), 0
+        results = tuple(torch.stack(c)[: info.batch_size] for c in zip(*calls, strict=True))
+        return results, (0,) * len(results)
+    return torch.stack(calls)[: info.batch_size], 0
 
 
 def leading(t: Tensor | None, dim: int | None, size: int) -> Tensor | None:
