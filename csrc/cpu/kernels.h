@@ -107,6 +107,8 @@ struct ChannelEpilogue {
 // The kernels of one instruction set: linear layers, and the others.
 #define PHYDI_DECLARE_LINEAR(isa)                                                                                      \
   namespace isa {                                                                                                      \
+  /* A[i,k,l] = sum_r U[r,i] V[r,k] W[r,l] (n, P, Q), contiguous, in the compute type. */                              \
+  void structure(DType, const Factors&, void* A);                                                                      \
   /* y (rows, P*p) from x (rows, Q*q). */                                                                              \
   void phm_linear(DType, Plan, int64_t rows, Rows x, const Algebra&, const Weights&, const Epilogue&, const Threads&); \
   /* The same of A[i,k,l] = sum_r U[r,i] V[r,k] W[r,l], in R products. */                                              \

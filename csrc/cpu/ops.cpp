@@ -31,6 +31,7 @@ using torch::stable::Tensor;
 struct Kernels {
   const char* isa;
   bool supported;
+  decltype(&baseline::structure) structure;
   decltype(&baseline::phm_linear) phm_linear;
   decltype(&baseline::phm_linear_weight_grad) phm_linear_weight_grad;
   decltype(&baseline::phm_linear_factored) phm_linear_factored;
@@ -58,6 +59,7 @@ struct Kernels {
 #define PHYDI_KERNELS(isa, others, supported) \
   {#isa,                                      \
    supported,                                 \
+   isa::structure,                            \
    isa::phm_linear,                           \
    isa::phm_linear_weight_grad,               \
    isa::phm_linear_factored,                  \
@@ -198,32 +200,14 @@ struct FactorTensors {
   }
 };
 
-template <class T>
-void form_structure(const Factors& f, T* A) {
-  const T *U = static_cast<const T*>(f.U), *V = static_cast<const T*>(f.V), *W = static_cast<const T*>(f.W);
-  const int64_t size = f.P * f.Q;
-  std::fill(A, A + f.n * size, T(0));
-  std::vector<T> product(size);
-  for (int64_t r = 0; r < f.R; ++r) {
-    for (int64_t k = 0; k < f.P; ++k)
-      for (int64_t l = 0; l < f.Q; ++l) product[k * f.Q + l] = V[r * f.P + k] * W[r * f.Q + l];
-    // All entries of a slice in one loop, which a compiler turns into vectors.
-    for (int64_t i = U ? 0 : r; i < (U ? f.n : r + 1); ++i) {
-      const T u = U ? U[r * f.n + i] : T(1);
-      for (int64_t e = 0; e < size; ++e) A[i * size + e] += u * product[e];
-    }
-  }
-}
-
 // A[i,k,l] = sum_r U[r,i] V[r,k] W[r,l], in the compute type.
 struct Structure {
   std::vector<double> storage;
   Algebra view;
 
-  Structure(const Factors& f, ScalarType type) : storage(f.n * f.P * f.Q), view{storage.data(), f.n, f.P, f.Q} {
-    // Doubles give room and alignment for either type.
-    type == ScalarType::Double ? form_structure(f, storage.data())
-                               : form_structure(f, reinterpret_cast<float*>(storage.data()));
+  // Doubles give room and alignment for either type.
+  Structure(const Factors& f, DType dtype) : storage(f.n * f.P * f.Q), view{storage.data(), f.n, f.P, f.Q} {
+    kernels().structure(dtype, f, storage.data());
   }
 };
 
@@ -333,7 +317,11 @@ struct EpilogueTensors {
 Tensor new_rows(const Tensor& x, int64_t width) {
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
   shape.back() = width;
-  return torch::stable::new_empty(x, shape);
+  // torch::stable::new_empty looks its operator up by name, which takes a microsecond.
+  AtenTensorHandle y = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(x.get(), shape.data(), int64_t(shape.size()), nullptr,
+                                                          nullptr, nullptr, 0, nullptr, &y));
+  return Tensor(y);
 }
 
 Tensor phm_linear(Tensor x, Tensor A, Tensor F, std::optional<Tensor> bias, std::optional<Tensor> residual,
@@ -377,7 +365,7 @@ Tensor phm_linear_factored(Tensor x, std::optional<Tensor> U, Tensor V, Tensor W
     kernels().phm_linear_factored(dtype_of(x), rows.count, rows.view, factors.view(), weights.view, epilogue.view,
                                   threads());
   } else {
-    const Structure algebra(factors.view(), compute_type(x));
+    const Structure algebra(factors.view(), dtype_of(x));
     kernels().phm_linear(dtype_of(x), Plan(plan), rows.count, rows.view, algebra.view, weights.view, epilogue.view,
                          threads());
   }

@@ -230,9 +230,33 @@ void run(Plan plan, int64_t rows, Rows x, const Algebra& A, const Weights& F, co
   }
 }
 
+template <class T>
+void form_structure(const Factors& f, T* A) {
+  const T *U = static_cast<const T*>(f.U), *V = static_cast<const T*>(f.V), *W = static_cast<const T*>(f.W);
+  const int64_t size = f.P * f.Q;
+  const Scratch<T> product(size);
+  std::fill(A, A + f.n * size, T(0));
+  for (int64_t r = 0; r < f.R; ++r) {
+    for (int64_t k = 0; k < f.P; ++k)
+      for (int64_t l = 0; l < f.Q; ++l) product.get()[k * f.Q + l] = V[r * f.P + k] * W[r * f.Q + l];
+    // All entries of a slice in one loop, which a compiler turns into vectors.
+    for (int64_t i = U ? 0 : r; i < (U ? f.n : r + 1); ++i) {
+      const T u = U ? U[r * f.n + i] : T(1);
+      for (int64_t e = 0; e < size; ++e) A[i * size + e] += u * product.get()[e];
+    }
+  }
+}
+
 }  // namespace
 
 namespace PHYDI_ISA {
+
+void structure(DType dtype, const Factors& factors, void* A) {
+  with_type(dtype, [&](auto type) {
+    using T = Compute<decltype(type)>;
+    form_structure(factors, static_cast<T*>(A));
+  });
+}
 
 void phm_linear(DType dtype, Plan plan, int64_t rows, Rows x, const Algebra& A, const Weights& F, const Epilogue& e,
                 const Threads& threads) {

@@ -66,14 +66,23 @@ def register_autograd(library: torch.library.Library, op: Any, backward: Callabl
     library.impl(op.name().split("::")[1], kernel, "Autograd")
 
 
+# Names of their own: each call of a small layer asks them all.
+_is_grad_enabled = torch.is_grad_enabled
+_is_any_autocast_enabled = torch._C._is_any_autocast_enabled
+_is_compiling = torch.compiler.is_compiling
+_get_tracing_state = torch._C._get_tracing_state
+_len_torch_dispatch_stack = torch._C._len_torch_dispatch_stack
+_peek_interpreter_stack = torch._C._functorch.peek_interpreter_stack
+
+
 def may_skip_dispatch() -> bool:
     """Whether only a kernel would see a call of an operator: no recording, autocast, transform, mode or tracing."""
     return not (
-        torch.is_grad_enabled()
-        or torch._C._is_any_autocast_enabled()
-        or torch.compiler.is_compiling()
-        or torch._C._get_tracing_state() is not None
+        _is_grad_enabled()
+        or _is_any_autocast_enabled()
+        or _is_compiling()
+        or _get_tracing_state() is not None
         or forward_ad._current_level >= 0
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        or _len_torch_dispatch_stack()
+        or _peek_interpreter_stack() is not None
     )

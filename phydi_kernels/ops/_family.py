@@ -253,10 +253,14 @@ def _each_sample(op: Callable, info: Any, in_dims: Sequence[int | None], args: S
         pairs = zip(args, in_dims, strict=True)
         return op(*(a if d is None or isinstance(a, list) else sample(a, d) for a, d in pairs))
 
+    def number(b: int) -> Callable[[Tensor, int], Tensor]:
+        return lambda t, d: t.select(d, b)
+
+    def zeros(t: Tensor, d: int) -> Tensor:
+        return t.new_zeros(t.shape[:d] + t.shape[d + 1 :])
+
     # Without a sample one of zeros shows the shapes of the results.
-    calls = [call(lambda t, d, b=b: t.select(d, b)) for b in range(info.batch_size)] or [
-        call(lambda t, d: t.new_zeros([size for i, size in enumerate(t.shape) if i != d % t.dim()]))
-    ]
+    calls = [call(number(b)) for b in range(info.batch_size)] or [call(zeros)]
     if isinstance(calls[0], tuple):
         results = tuple(torch.stack(c)[: info.batch_size] for c in zip(*calls, strict=True))
         return results, (0,) * len(results)
