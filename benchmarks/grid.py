@@ -1,8 +1,8 @@
 """The grid: rank-R linear layers of 256 to 4096 features against nn.Linear, for batches from 1 to 4096 and each plan.
 
 ``python benchmarks/grid.py`` measures it, in about a quarter of an hour, and writes results/grid.json;
-results/grid_avx2.json is another machine's, to batch 128. ``--summary`` prints what stands out in both or ``--file``,
-``--markdown`` the README's tables, ``--write README.md`` puts them there.
+results/grid_avx512.json and, to batch 128, results/grid_avx2.json are other machines'. ``--summary`` prints what stands
+out in them or in ``--file``, ``--markdown`` the README's tables, ``--write README.md`` puts them there.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from phydi_kernels.nn.factored import FactoredPHMLinear
 from phydi_kernels.plans import LINEAR_PLANS, Plan
 
 RESULTS = Path(__file__).resolve().parent / "results" / "grid.json"
-RECORDED = (RESULTS, RESULTS.with_name("grid_avx2.json"))
+RECORDED = (RESULTS, RESULTS.with_name("grid_avx512.json"), RESULTS.with_name("grid_avx2.json"))
 TERMS = (2, 4, 8)
 FEATURES = (256, 512, 1024, 2048, 4096)
 BATCHES = tuple(2**k for k in range(13))
@@ -223,7 +223,7 @@ def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--file", type=Path, help="results file (default: results/grid.json; of both, to print)")
+    parser.add_argument("--file", type=Path, help="results file (default: results/grid.json; to print, all recorded)")
     parser.add_argument("--summary", action="store_true", help="print what stands out in the results")
     parser.add_argument("--markdown", action="store_true", help="print the README's tables of the results")
     parser.add_argument("--write", type=Path, metavar="README", help="put the README's tables into this file")

@@ -57,8 +57,7 @@ class Rates:
     split: float  # an entry of dL/dH, and
     split_term: float  # for each term its share in dA and dF
     turn_row: float  # an entry of the input or of y's gradient packed along the batch
-    # Packing waits for an entry of F from memory: its lines, from somewhat less than NEAR_BYTES on, but not for rows of
-    # float32.
+    # Packing waits for an entry of F from memory: its lines, from nearly_far on, but not for rows of float32.
     lines_nearly_far: float
     lines_far: float
     bfloat16_rows_far: float
@@ -98,6 +97,7 @@ class Rates:
     conv_split: float  # of the weights' gradients without factors: an entry of H's split
     turn_image: float  # an entry of an image copied from planes into rows, or back; torch's convolutions do so as well
     bfloat16_convolution: float  # a multiplication of torch's in bfloat16, beside one in float32
+    nearly_far: int  # bytes of weights from which lines wait: somewhat less than NEAR_BYTES, or L2
     lanes: int  # of a vector
     least_rows: int  # a register tile takes as long for fewer rows
     stream_rows: int  # of a register tile of stream
@@ -166,6 +166,75 @@ _AVX512_BF16 = Rates(
     conv_split=0.8,
     turn_image=0.4,
     bfloat16_convolution=1.0,
+    nearly_far=6 << 20,
+    lanes=16,
+    least_rows=6,
+    stream_rows=4,
+)
+# Emerald Rapids.
+_AVX512 = Rates(
+    product=0.0134,
+    stream_product=0.0183,
+    stream_product_in_cache=0.0162,
+    reduce=0.754,
+    stream_lines_in_cache=0.0157,
+    stream_lines=0.0209,
+    stream_lines_nearly_far=0.0328,
+    stream_lines_far=0.0497,
+    read=0.00665,
+    pack=0.419,
+    form=0.147,
+    form_transposed=0.263,
+    mix=0.0306,
+    copy=0.019,
+    write=0.0624,
+    stream_update=0.143,
+    stream_algebra=0.769,
+    turn=0.144,
+    combine=0.0961,
+    combine_term=0.0147,
+    line=0.0482,
+    line_term=0.0115,
+    add=0.0489,
+    add_grad=0.108,
+    gather=0.0935,
+    rank_split=0.48,
+    rank_split_term=0.00805,
+    split=0.364,
+    split_term=0.111,
+    turn_row=0.0278,
+    lines_nearly_far=0.0734,
+    lines_far=0.153,
+    bfloat16_rows_far=0.0135,
+    bfloat16_lines_far=0.113,
+    bfloat16_product=1.65,
+    bfloat16_stream=1.7,
+    bfloat16_stream_lines=2.14,
+    bfloat16_pack=0.874,
+    mix_start=6.92,
+    mixed_entry=1.38,
+    mixed_calls=266000.0,
+    algebra_calls=33500.0,
+    conv_call=67400.0,
+    conv_product=0.0112,
+    conv_narrow=3.53,
+    conv_form=1.1,
+    conv_mix=2.65,
+    term_form=2.34,
+    term_add=0.767,
+    term_add_bfloat16=0.359,
+    term_call=68500.0,
+    direct_product=0.0106,
+    direct_form=0.894,
+    direct_add=0.342,
+    direct_add_bfloat16=0.452,
+    conv_grad_product=0.0111,
+    conv_grad_form=4.08,
+    conv_grad_read=0.275,
+    conv_split=2.63,
+    turn_image=0.818,
+    bfloat16_convolution=2.42,
+    nearly_far=2621440,
     lanes=16,
     least_rows=6,
     stream_rows=4,
@@ -233,18 +302,19 @@ _AVX2 = Rates(
     conv_split=2.48,
     turn_image=1.24,
     bfloat16_convolution=1.0,
+    nearly_far=6 << 20,
     lanes=8,
     least_rows=3,
     stream_rows=2,
 )
 BEST_ISA = "avx512_bf16"
-# By instruction set of the compiled kernels; of three of them nothing was measured. A cycle of AMX has 512 products of
-# bfloat16 for the 32 of AVX512_BF16: three fifths of that are assumed here, a third in torch's convolutions. Without
-# an instruction of its own bfloat16 is multiplied as float32.
+# By instruction set of the compiled kernels; of two of them nothing was measured. A cycle of AMX has 512 products of
+# bfloat16 for the 32 of float32: three fifths of that are assumed here, a third in torch's convolutions. With AVX512
+# and AVX2 bfloat16 is multiplied as float32.
 RATES = {
-    "amx_bf16": replace(_AVX512_BF16, bfloat16_product=0.055, bfloat16_convolution=0.2, least_rows=8),
+    "amx_bf16": replace(_AVX512, bfloat16_product=0.104, bfloat16_convolution=0.2, least_rows=8),
     BEST_ISA: _AVX512_BF16,
-    "avx512": replace(_AVX512_BF16, bfloat16_product=1.0, bfloat16_pack=1.0),
+    "avx512": _AVX512,
     "avx2": _AVX2,
     "baseline": replace(_AVX2, lanes=4),
 }
@@ -253,7 +323,6 @@ LINE_TERMS = (2, 3, 4, 8)  # lines of F are combined as they lie for these numbe
 _STREAM_CACHED_ENTRIES = 1 << 17
 # One core's share of L3: weights of more bytes come from memory.
 NEAR_BYTES = 8 << 20
-_NEARLY_FAR_BYTES = 6 << 20
 # Vectors of columns in a tile, and in one of stream where these lie along p.
 _TILE_VECTORS = 2
 _STREAM_VECTORS = 4
@@ -326,7 +395,7 @@ def phm_linear_costs(
             products = tiles * _padded(p, 4) * wide_q * stream_product + blocks * _padded(p, 4) * rates.reduce
         else:
             stream_product = rates.stream_lines_in_cache if in_cache else rates.stream_lines
-            if size >= _NEARLY_FAR_BYTES:
+            if size >= rates.nearly_far:
                 stream_product = rates.stream_lines_nearly_far if size < NEAR_BYTES else rates.stream_lines_far
             stream_product *= rates.bfloat16_stream_lines if bfloat16 else 1
             products = tiles * (_padded(p, _STREAM_VECTORS * lanes) if p > lanes else lanes) * q * stream_product
@@ -409,7 +478,7 @@ def phm_linear_factored_costs(
     size = _bytes(n, p, q, bfloat16)
     if bfloat16 and size >= NEAR_BYTES:
         packing += n * entries * (rates.bfloat16_rows_far if contiguous else rates.bfloat16_lines_far)
-    elif not bfloat16 and not contiguous and size >= _NEARLY_FAR_BYTES:
+    elif not bfloat16 and not contiguous and size >= rates.nearly_far:
         packing += n * entries * (rates.lines_nearly_far if size < NEAR_BYTES else rates.lines_far)
     additions = rows * R * (wide_q * Q + _padded(p, rates.lanes) * P) * rates.add
     cost = phm_linear_costs(rows, n, P, Q, p, q, contiguous, bfloat16, rates)

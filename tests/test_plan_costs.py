@@ -126,7 +126,7 @@ def test_rates_are_put_into_the_source(plan_costs):
         plan_costs.put_into(source, "_NEON", rates)
 
 
-@pytest.mark.parametrize("isa", ("avx2",))
+@pytest.mark.parametrize("isa", ("avx2", "avx512"))
 def test_choices_lose_little_on_the_recorded_times(isa, plan_costs):
     """Of random shapes, many of them small, one choice in eight may be behind; the grid's are held one by one."""
     recorded = json.loads((plan_costs.RESULTS / f"plan_costs_{isa}.json").read_text())

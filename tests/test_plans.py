@@ -92,10 +92,10 @@ def test_convolution_of_few_pixels_forms_nothing():
 
 @pytest.mark.parametrize("isa", ("baseline", "avx2", "avx512", "avx512_bf16", "amx_bf16"))
 def test_every_instruction_set_has_costs(isa):
-    """For four rows of 2048 features AVX2, which has half the lanes and registers, packs for the R products."""
+    """Four rows of 2048 features are streamed where that was measured to be faster, packed for R products elsewhere."""
     sizes = (4, 4, 4, 4, 512, 512, 7)
     plan = plans.phm_linear_factored(*sizes, contiguous=False, combines=True, isa=isa)
-    assert plan is (Plan.RANK if isa in ("baseline", "avx2") else Plan.STREAM)
+    assert plan is (Plan.STREAM if isa == "avx512_bf16" else Plan.RANK)
     assert plans.phm_linear(1, 4, 4, 4, 512, 512, True, isa=isa) is Plan.STREAM
     # Pixels of channels_last images are rows as they lie.
     images = (512, 512, 4, 4, 4, 64, 64, 1, 7, False, (1, 8), (False, 0), isa)
