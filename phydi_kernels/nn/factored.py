@@ -142,7 +142,6 @@ class _CheckedCall(NamedTuple):
     """What calls have checked. To check it anew would be a third of the time of a small one."""
 
     parameters: tuple[Any, ...]  # of the layer: U, V, W, F or F_hat, bias and alpha
-    weights: str  # the name of the fourth
     activation: str
     dtype: torch.dtype
     plans: dict[torch.Size, Plan]  # by shapes of x
@@ -158,7 +157,7 @@ class _CheckedCall(NamedTuple):
             and own("V") is V
             and own("W") is W
             and own("U") is U
-            and own(self.weights) is F
+            and own(layer._names[3]) is F
             and own("bias") is bias
             and own("alpha") is alpha
         )
@@ -239,7 +238,7 @@ class FactoredPHMLinear(FactoredLayer):
         if not all(p is None or (type(p) is Parameter and p.is_cpu) for p in own):
             return
         if self._checked is None or not self._checked.holds(self, x.dtype) or len(self._checked.plans) == _SHAPES:
-            self._checked = _CheckedCall(own, self._names[3], self.activation, x.dtype, {})
+            self._checked = _CheckedCall(own, self.activation, x.dtype, {})
         self._checked.plans[x.shape] = plan_on_cpu(x, U, V, W, F)
 
     def extra_repr(self) -> str:
